@@ -30,6 +30,7 @@ import shutil
 import signal as signals
 import sys
 import time
+import timeit
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -38,6 +39,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 
@@ -345,11 +347,43 @@ def block_causal_attention(q, k, v, V, dropout=0.0):
     Block t reads blocks 0..t, all of each: dense attention on a slice of k and v, which the flash kernels can do, and
     nearly half of the S x S products is never computed.
     """
-    out = [F.scaled_dot_product_attention(q[:, :, :1], k, v, dropout_p=dropout)]    # CLS reads every token
-    for start in range(1, q.shape[2], V):
-        block, past = slice(start, start + V), slice(1, start + V)
-        out.append(F.scaled_dot_product_attention(q[:, :, block], k[:, :, past], v[:, :, past], dropout_p=dropout))
-    return torch.cat(out, dim=2)
+    if q.device.type == "cpu" and v.dtype == torch.bfloat16 and not dropout:
+        return CPUAttention.apply(*(each.to(v.dtype).flatten(0, 1) for each in (q * q.shape[3] ** -0.5, k, v)), V).view(q.shape)
+    return torch.cat([F.scaled_dot_product_attention(q[:, :, rows], k[:, :, past], v[:, :, past], dropout_p=dropout)
+                      for rows, past in blocks(q.shape[2], V)], dim=2)
+
+
+def blocks(S, V):
+    """Slices of the sequence, (rows, what they read): CLS everything, each block itself and the blocks before it."""
+    return [(slice(0, 1), slice(0, S))] + [(slice(start, start + V), slice(1, start + V)) for start in range(1, S, V)]
+
+
+class CPUAttention(torch.autograd.Function):
+    """The same in bfloat16 on CPUs, where torch's own kernel is slower than in float32: plain matrix products, which
+    their bfloat16 units do at several times the speed. q (scaled), k, v [B * heads, S, D]. Probabilities are computed
+    again in backward, so that no more than one block's are ever stored."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, V):
+        out = torch.empty_like(v)
+        for rows, past in blocks(q.shape[1], V):
+            out[:, rows] = (q[:, rows] @ k[:, past].transpose(1, 2)).softmax(dim=2) @ v[:, past]
+        ctx.save_for_backward(q, k, v, out)
+        ctx.V = V
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        mean = (grad * out).sum(dim=2, keepdim=True)    # of the gradient over what a row read
+        for rows, past in blocks(q.shape[1], ctx.V):
+            probability = (q[:, rows] @ k[:, past].transpose(1, 2)).softmax(dim=2)
+            dv[:, past].baddbmm_(probability.transpose(1, 2), grad[:, rows])
+            dscore = (grad[:, rows] @ v[:, past].transpose(1, 2)).sub_(mean[:, rows]).mul_(probability)
+            dq[:, rows] = dscore @ k[:, past]
+            dk[:, past].baddbmm_(dscore.transpose(1, 2), q[:, rows])
+        return dq, dk, dv, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -366,18 +400,21 @@ class Layer(nn.Module):
         self.dropout, self.attention_dropout = config.hidden_dropout_prob, config.attention_probs_dropout_prob
         self.attention_norm = nn.LayerNorm(H)
         self.qkv = nn.Linear(H, 3 * H)
+        self.position = nn.Linear(H, 2 * H, bias=False)
         self.out = nn.Linear(H, H)
         self.mlp_norm = nn.LayerNorm(H)
         self.up = nn.Linear(H, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, H)
 
-    def queries_keys_values(self, x):
-        """[B, S, H] -> three of [B, heads, S, D]."""
-        B, S, H = x.shape
-        return self.qkv(self.attention_norm(x)).view(B, S, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+    def queries_keys_values(self, x, position):
+        """x [B, S, H], position [S, H] -> q, k, v, each [B, heads, S, D]. Where and when a token is enters queries and keys
+        once more in each layer: who reads whom should not blur as the content of the stream grows."""
+        q, k, v = self.qkv(self.attention_norm(x)).chunk(3, dim=-1)
+        position_q, position_k = self.position(position).chunk(2, dim=-1)
+        return [each.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for each in (q + position_q, k + position_k, v)]
 
-    def forward(self, x, V):
-        q, k, v = self.queries_keys_values(x)
+    def forward(self, x, position, V):
+        q, k, v = self.queries_keys_values(x, position)
         attended = block_causal_attention(q, k, v, V, self.attention_dropout if self.training else 0.0)
         x = x + F.dropout(self.out(attended.transpose(1, 2).reshape(x.shape)), self.dropout, self.training)
         mlp = self.down(F.gelu(self.up(self.mlp_norm(x)), approximate="tanh"))
@@ -401,52 +438,67 @@ class BrainLM(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(H)
         self.head = nn.Linear(H, P)
+        self.gradient_checkpointing = False             # True: backward recomputes each layer instead of storing it
         self.start_as_smoother()
 
     @torch.no_grad()
     def start_as_smoother(self):
-        """Initialise so that the untrained model averages the signals of nearby parcels, a fair first guess at a hidden
-        one: queries equal keys, so tokens attend to tokens with a similar encoding; values and outputs pass the signal
-        on unchanged; the head undoes the patch projection; the MLPs start near zero."""
+        """Initialise so that the untrained model averages the visible signals of nearby parcels, a fair first guess at a
+        hidden one: queries equal keys, so that a token reads those with a similar position, but not hidden ones, whose
+        keys all queries dislike; values and outputs pass the signal on unchanged; the head undoes the patch projection;
+        the MLPs start near zero."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.mask_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.3)
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.orthogonal_(self.patch_projection.weight)
         self.head.weight.copy_(self.patch_projection.weight.T)
         for layer in self.layers:
             query, key, value = layer.qkv.weight.chunk(3)
+            key.copy_(nn.init.orthogonal_(query).mul_(0.2))
+            hidden_key = F.normalize((key @ self.mask_token).view(layer.num_heads, -1), dim=1).flatten()
+            layer.qkv.bias.chunk(3)[0].copy_(-4 * hidden_key)
+            query, key = layer.position.weight.chunk(2)
             key.copy_(nn.init.orthogonal_(query))
             nn.init.eye_(value)
             nn.init.eye_(layer.out.weight).div_(len(self.layers))
             nn.init.normal_(layer.down.weight, std=0.002)
 
+    def position(self, xyz, N):
+        """Where and when each token of the sequence is, [S, H]; zero for CLS."""
+        H = self.config.hidden_size
+        position = self.spatial_encoding(xyz) + temporal_encoding(N, H, xyz.device)[:, None]     # [N, V, H]
+        return F.pad(position.flatten(0, 1), (0, 0, 1, 0))
+
     def tokens(self, signal, xyz, mask=None):
-        """signal [B, T, V], xyz [V, 3] in mm, mask bool [B, N, V] or None -> the sequence [B, S, H]."""
+        """signal [B, T, V], xyz [V, 3] in mm, mask bool [B, N, V] or None -> the sequence [B, S, H] and the position [S, H]
+        that is part of it."""
         B, T, V = signal.shape
         P = self.config.timepoint_patching_size
         if T % P or V != len(xyz):
             raise BadInput(f"signal has {T} timepoints and {V} parcels: the first must be a multiple of {P}, the second "
                            f"equal the {len(xyz)} coordinates")
-        tokens = self.patch_projection(patchify(signal, P))                          # [B, N, V, H]
-        N, H = tokens.shape[1], tokens.shape[3]
+        content = self.patch_projection(patchify(signal, P))                         # [B, N, V, H]
         if mask is not None:
-            tokens = torch.where(mask[..., None], self.mask_token.to(tokens.dtype), tokens)
-        tokens = tokens + self.spatial_encoding(xyz) + temporal_encoding(N, H, signal.device)[:, None]
-        return torch.cat([self.cls_token.expand(B, 1, H), tokens.flatten(1, 2)], dim=1)
+            content = torch.where(mask[..., None], self.mask_token.to(content.dtype), content)
+        position = self.position(xyz, T // P)
+        return torch.cat([self.cls_token.expand(B, 1, -1), content.flatten(1, 2)], dim=1) + position, position
 
     def forward(self, signal, xyz, mask=None):
         """signal float [B, T, V], xyz float [V, 3] in mm, mask bool [B, N, V] (True = hidden) or None.
 
         Returns the reconstruction [B, T, V] and the hidden states [B, S, H], CLS first.
         """
-        x = self.tokens(signal, xyz, mask)
+        V = signal.shape[2]
+        x, position = self.tokens(signal, xyz, mask)
         for layer in self.layers:
-            x = layer(x, signal.shape[2])
+            if self.gradient_checkpointing and self.training:
+                x = torch.utils.checkpoint.checkpoint(layer, x, position, V, use_reentrant=False)
+            else:
+                x = layer(x, position, V)
         hidden = self.norm(x)
-        patches = self.head(hidden[:, 1:]).unflatten(1, (-1, signal.shape[2]))       # [B, N, V, P]
-        return unpatchify(patches), hidden
+        return unpatchify(self.head(hidden[:, 1:]).unflatten(1, (-1, V))), hidden
 
     @torch.no_grad()
     def forecast(self, signal, xyz, num_timepoints):
@@ -479,10 +531,10 @@ class BrainLM(nn.Module):
         """Attention weights of one layer (0 is the first), [B, heads, S, S], rows sum to one. Row 0 is CLS: its columns
         1.., unflattened to (N, V), say how much it reads each parcel at each temporal token. For looking at: it builds
         the S x S matrix that training avoids."""
-        x = self.tokens(signal, xyz)
+        x, position = self.tokens(signal, xyz)
         for earlier in self.layers[:layer]:
-            x = earlier(x, signal.shape[2])
-        q, k, _ = self.layers[layer].queries_keys_values(x)
+            x = earlier(x, position, signal.shape[2])
+        q, k, _ = self.layers[layer].queries_keys_values(x, position)
         mask = block_causal_mask(signal.shape[1] // self.config.timepoint_patching_size, signal.shape[2]).to(x.device)
         scores = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).masked_fill(~mask, -math.inf)
         return scores.softmax(dim=-1)
@@ -582,8 +634,17 @@ def write_atomically(path, write):
         raise BadInput(f"could not write {path} ({str(error).splitlines()[0]}): what was saved before is intact") from None
 
 
+def to_json(content, indent=None):
+    """JSON has no NaN and no infinity: null stands for them."""
+    def finite(value):
+        if isinstance(value, dict):
+            return {name: finite(each) for name, each in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(finite(content), indent=indent) + "\n"
+
+
 def write_json(path, content):
-    write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+    write_atomically(path, lambda file: file.write(to_json(content, indent=2).encode()))
 
 
 def load_tensors(path):
@@ -705,7 +766,7 @@ def scores(sums):
     """R2 = 1 - SSE / SST (never clipped), MSE and MAE from one column of error_sums, or from its sum over columns."""
     count, target, target_square, square, absolute = sums.tolist()
     variation = target_square - target ** 2 / count
-    return {"R2": 1 - square / variation if variation else math.nan, "MSE": square / count, "MAE": absolute / count}
+    return {"R2": 1 - square / variation if variation > 0 else -math.inf, "MSE": square / count, "MAE": absolute / count}
 
 
 def model_predictor(model, xyz, device, dtype=torch.float32):
@@ -815,7 +876,7 @@ def evaluate_reconstruction(model, xyz, device, dtype, train_set, val_set, windo
     config, tables = model.config, {}
     T, P = config.num_timepoints_per_voxel, config.timepoint_patching_size
     tasks = [(f"masked patches ({config.mask_ratio:.0%} hidden, {len(windows)} windows)", False, gaussian_conditional)]
-    if T >= 2 * P:
+    if T - P >= max(P, 2):
         tasks.append((f"forecasting {P} timepoints from {T - P} ({len(windows)} windows)", True,
                       functools.partial(forecasting_baselines, P=P)))
     for title, forward, fit in tasks:
@@ -828,13 +889,12 @@ def evaluate_reconstruction(model, xyz, device, dtype, train_set, val_set, windo
     return {title: dict(sorted(table.items(), key=lambda item: item[0] != "BrainLM")) for title, table in tables.items()}
 
 
-def knn_accuracy(features, labels, k=5):
-    """Share of rows [V, features] whose label is the commonest among their k nearest other rows (the nearest breaks ties)."""
-    distance = np.linalg.norm(features[:, None] - features[None], axis=2) if features.shape[1] == 3 else -np.corrcoef(features)
-    np.fill_diagonal(distance, np.inf)
+def knn_accuracy(distance, labels, k=5):
+    """Share of the V items, distance [V, V], whose label is the commonest among their k nearest others (ties: nearest)."""
+    distance = distance + np.diag(np.full(len(distance), np.inf))
     right = 0
     for row, label in zip(distance, labels):
-        nearest = [labels[i] for i in np.argsort(row, kind="stable")[:k]]
+        nearest = [labels[i] for i in np.argsort(row, kind="stable")[:min(k, len(row) - 1)]]
         right += max(nearest, key=nearest.count) == label
     return right / len(labels)
 
@@ -843,18 +903,19 @@ def evaluate_networks(model, xyz, device, dataset, windows, networks):
     """Zero-shot functional networks: the label of a left-out parcel from its nearest neighbours among the others, by
     the model's embedding, by the coordinates, by functional connectivity. {title: {method: {score: value}}}"""
     T, V = model.config.num_timepoints_per_voxel, dataset.num_parcels
-    embedding, connectivity = np.zeros((V, model.config.hidden_size)), np.zeros((V, V))
+    embedding, connectivity = np.zeros((model.config.hidden_size, V)), np.zeros((V, V))
     for window in windows:
         signal = dataset.batch([window], T)
-        embedding += model.embed(signal.to(device), xyz.to(device))[1][0].float().cpu().numpy()
+        embedding += model.embed(signal.to(device), xyz.to(device))[1][0].float().cpu().numpy().T
         connectivity += correlation(signal[0].numpy())
-    methods = {"BrainLM embedding": embedding, "coordinates": xyz.numpy(), "functional connectivity": connectivity}
+    methods = {"BrainLM embedding": 1 - correlation(embedding), "coordinates": torch.cdist(xyz, xyz).numpy(),
+               "functional connectivity profile": 1 - correlation(connectivity)}
     return {f"functional networks of left-out parcels (5 nearest neighbours of {V})":
-            {name: {"accuracy": knn_accuracy(features, networks)} for name, features in methods.items()}}
+            {name: {"accuracy": knn_accuracy(distance, networks)} for name, distance in methods.items()}}
 
 
 def correlation(signal):
-    """Functional connectivity: [T, V] -> correlation matrix [V, V]; a constant parcel correlates with nothing."""
+    """Correlation of columns: [T, V] -> [V, V], of a recording its functional connectivity; a constant parcel correlates with nothing."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.nan_to_num(np.atleast_2d(np.corrcoef(signal, rowvar=False)))
 
@@ -894,6 +955,33 @@ def print_tables(tables):
             say(f"  {name:<56}" + "".join(f"{row[column]:>10.4g}" if column in row else " " * 10 for column in columns))
 
 
+def plot_evaluation(path, model, xyz, device, dataset, windows, tables):
+    """A picture of what the tables say, for one window of the dataset; needs matplotlib."""
+    optional("matplotlib").use("Agg")
+    plt, config = optional("matplotlib.pyplot"), model.config
+    T, P, V = config.num_timepoints_per_voxel, config.timepoint_patching_size, dataset.num_parcels
+    signal, predict = dataset.batch(windows[:1], T), model_predictor(model, xyz, device)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.5), width_ratios=[2, 1, 1], layout="constrained")
+    for axis, mask, title in ((left, random_mask(1, T // P, V, config.mask_ratio, torch.Generator().manual_seed(0)),
+                               "hidden patches, reconstructed"), (middle, forward_mask(1, T // P, V), "forecast")):
+        first = max(0, T - 3 * P) if axis is middle else 0
+        prediction = torch.where(mask.repeat_interleave(P, dim=1), predict(signal, mask), math.nan)[0]
+        for i, parcel in enumerate(range(0, V, max(1, V // 3))[:3]):
+            axis.plot(range(first, T), signal[0, first:, parcel] - 4 * i, color="0.6", label="truth" if i == 0 else None)
+            axis.plot(range(first, T), prediction[first:, parcel] - 4 * i, color="C3", label="BrainLM" if i == 0 else None)
+        axis.set(title=title, xlabel="timepoint", ylabel="BOLD, three parcels", yticks=[])
+        axis.legend(loc="upper right")
+    for name, row in (item for table in tables.values() for item in table.items() if "R2 at 1" in item[1]):
+        steps = [h for h in HORIZONS if f"R2 at {h}" in row]
+        right.plot(steps, [row[f"R2 at {h}"] for h in steps], "o-", label=name, color="C3" if name == "BrainLM" else None)
+    right.set(title="forecast R2", xlabel="timepoints ahead", ylim=(-0.5, 1))
+    right.axhline(0, color="0.8", zorder=0)
+    if right.lines[1:]:
+        right.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 10. Training
 
@@ -931,8 +1019,17 @@ def pick_device(args):
         torch.cuda.set_device(device)
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if name == "cuda" else "gloo")
-    bfloat16 = args.dtype == "bfloat16" or args.dtype == "auto" and name == "cuda"
+    bfloat16 = args.dtype == "bfloat16" or args.dtype == "auto" and (name == "cuda" or name == "cpu" and fast_bfloat16())
     return device, torch.bfloat16 if bfloat16 else torch.float32
+
+
+def fast_bfloat16():
+    """Whether this CPU multiplies matrices clearly faster in bfloat16: some have units for it, others emulate it."""
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(1024, 1024, dtype=dtype)
+        seconds.append(min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=7)))
+    return seconds[0] > 1.5 * seconds[1]
 
 
 def random_seed(*numbers):
@@ -1012,17 +1109,34 @@ class RunFolder:
         if rank() == 0:
             try:
                 with open(self.path / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(metrics) + "\n")
+                    file.write(to_json(metrics))
             except OSError as error:
                 raise BadInput(f"could not write {self.path / 'metrics.jsonl'} ({error.strerror}): the last checkpoint "
                                "is intact") from None
 
-    def save(self, model, optimizer, step, loss_sum):
+    def save(self, model, optimizers, step, loss_sum):
         """training_state.pt first and complete, so that what resumes is always of one step; then the model for users."""
         if rank() == 0:
-            state = {"step": step, "loss_sum": loss_sum, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {"step": step, "loss_sum": loss_sum, "model": model.state_dict(),
+                     "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
             write_atomically(self.path / "training_state.pt", lambda file: torch.save(state, file))
             model.save_pretrained(self.path)
+
+
+def make_optimizers(model, learning_rate, weight_decay):
+    """Muon for the layers' matrices, at three times the learning rate (its steps have AdamW's size, all directions of a
+    matrix alike: here the largest single gain in learning speed), AdamW for the rest. Only matrices decay."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in trained.items() if "layers." in name and p.dim() == 2]
+    others = [p for name, p in trained.items() if "layers." not in name and p.dim() == 2]
+    vectors = [p for p in trained.values() if p.dim() < 2]
+    adamw = torch.optim.AdamW([{"params": others, "weight_decay": weight_decay, "scale": 1.0},
+                               {"params": vectors, "weight_decay": 0.0, "scale": 1.0}],
+                              lr=learning_rate, betas=(0.9, 0.95), fused=True)
+    if not matrices:                                    # a frozen backbone
+        return [adamw]
+    return [adamw, torch.optim.Muon([{"params": matrices, "scale": 3.0}], lr=learning_rate, momentum=0.95,
+                                    weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
 
 
 @contextlib.contextmanager
@@ -1049,22 +1163,20 @@ def fit(args, model, folder, device, dtype, num_recordings, batch_loss, evaluate
     num_steps = args.max_steps or math.ceil(args.num_train_epochs * num_recordings / samples_per_step)
     warmup = max(1, round(args.warmup_ratio * num_steps))
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for p in trained if p.dim() > 1], "weight_decay": args.weight_decay},
-         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}],      # no decay of biases, norms, tokens
-        lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+    optimizers = make_optimizers(model, args.learning_rate, args.weight_decay)
     first_step, loss_sum = 0, 0.0
     if folder.state:
         try:
             model.load_state_dict(folder.state["model"])
-            optimizer.load_state_dict(folder.state["optimizer"])
+            for optimizer, state in zip(optimizers, folder.state["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
             first_step, loss_sum = folder.state["step"], folder.state["loss_sum"]
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{folder.path / 'training_state.pt'} does not fit this model ({str(error).splitlines()[0]}): "
                            "start anew with --overwrite_output_dir") from None
         folder.state = None
         say(f"resuming {folder.path} after step {first_step} of {num_steps}")
-    folder.save(model, optimizer, first_step, loss_sum)     # loadable from the first moment, however the last run ended
+    folder.save(model, optimizers, first_step, loss_sum)     # loadable from the first moment, however the last run ended
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     stepper = torch.compile(parallel) if (args.compile if args.compile is not None else device.type == "cuda") else parallel
     started = time.monotonic()
@@ -1072,8 +1184,8 @@ def fit(args, model, folder, device, dtype, num_recordings, batch_loss, evaluate
         for step in range(first_step, num_steps):
             warm = min(1.0, (step + 1) / warmup)
             rate = args.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, num_steps - warmup)))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = rate * group["scale"]
             torch.manual_seed(random_seed(args.seed, step, rank()))                      # dropout depends on the step alone
             model.train()
             loss = 0.0
@@ -1088,8 +1200,9 @@ def fit(args, model, folder, device, dtype, num_recordings, batch_loss, evaluate
             if not math.isfinite(loss) or not norm.isfinite():
                 raise BadInput(f"step {step + 1}: the loss is {loss} and its gradient's norm {norm:.3g}, training stops and "
                                f"{folder.path} keeps its last checkpoint (try a lower --learning_rate, or --dtype float32)")
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad()
 
             loss_sum, done, last = loss_sum + loss, step + 1, step + 1 == num_steps
             if done % args.logging_steps == 0 or last:
@@ -1105,7 +1218,7 @@ def fit(args, model, folder, device, dtype, num_recordings, batch_loss, evaluate
                 say("  validation  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
                 folder.log(step=done, **metrics)
             if stops or last or done % args.save_steps == 0:
-                folder.save(model, optimizer, done, loss_sum)
+                folder.save(model, optimizers, done, loss_sum)
             if stops and not last:
                 say(f"stopped after step {done} of {num_steps}, saved in {folder.path}: the same command goes on from here")
                 sys.exit(128 + (received or [signals.SIGTERM])[0])
@@ -1133,6 +1246,49 @@ def open_data(args, window, train_rows=None, val_rows=None):
     return xyz, networks, *sets
 
 
+def describe(args, model, S, device, dtype):
+    """One line on what is about to run, with an estimate of its memory: weights, gradients and AdamW's two moments in
+    float32, and what backward needs of every token (of one layer alone with gradient checkpointing)."""
+    config, parameters = model.config, sum(p.numel() for p in model.parameters())
+    tokens, size = args.per_device_train_batch_size * S, torch.finfo(dtype).bits // 8
+    layer = tokens * (9 * config.hidden_size + 2 * config.intermediate_size) * size
+    stored = layer + config.num_hidden_layers * tokens * config.hidden_size * 4 if args.gradient_checkpointing else \
+        config.num_hidden_layers * layer
+    say(f"model: {parameters:,} parameters, {tokens * args.gradient_accumulation_steps * world_size():,} tokens a step, "
+        f"about {(16 * parameters + stored) / 2 ** 30:.1f} GiB, {world_size()} x {device.type}, "
+        f"{str(dtype).removeprefix('torch.')}")
+
+
+def finish(folder, num_steps, tables, dataset):
+    """Print the tables, log them, and put them into the run folder's model card, which the Hub shows."""
+    print_tables(tables)
+    folder.log(step=num_steps, tables=tables)
+    config, card = json.loads((folder.path / "config.json").read_text()), []
+    for title, table in tables.items():
+        columns = list(dict.fromkeys(column for row in table.values() for column in row))
+        card += ["", f"| {title} | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
+        card += [f"| {name} | " + " | ".join(f"{row.get(column, math.nan):.4g}" for column in columns) + " |"
+                 for name, row in table.items()]
+    card = f"""---
+license: apache-2.0
+library_name: transformers
+tags: [fmri, brainlm]
+---
+# BrainLM
+
+{config["architectures"][0]}: {config["num_hidden_layers"]} layers, hidden size {config["hidden_size"]}, patches of
+{config["timepoint_patching_size"]} timepoints, trained for {num_steps} steps on windows of
+{config["num_timepoints_per_voxel"]} timepoints from `{dataset.recording_col}` of `{Path(dataset.path).name}`
+({len(dataset)} recordings, {dataset.num_parcels} parcels). Beside it, closed-form baselines on the same windows.
+""" + "\n".join(card) + """
+
+Load it with `AutoModelForPreTraining.from_pretrained(..., trust_remote_code=True)`, or with the file `brainlm.py` here.
+The method: Ortega Caro et al., BrainLM: A foundation model for brain activity recordings, ICLR 2024.
+"""
+    if rank() == 0:
+        write_atomically(folder.path / "README.md", lambda file: file.write(card.encode()))
+
+
 def pretrain(args):
     """Hide tokens, reconstruct them."""
     flags = {field.name: getattr(args, field.name) for field in fields(BrainLMConfig) if field.name in args}
@@ -1157,8 +1313,8 @@ def pretrain(args):
     model.cls_token.requires_grad_(False)               # no parcel reads CLS: reconstruction cannot train it
     xyz_on_device, rows = xyz.to(device), np.arange(len(train_set))
     windows = val_set.fixed_windows(range(len(val_set)), T, stride=T)
-    say(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {1 + T // P * len(xyz)} tokens a sample, "
-        f"{device.type}, {str(dtype).removeprefix('torch.')}")
+    model.gradient_checkpointing = args.gradient_checkpointing
+    describe(args, model, 1 + T // P * len(xyz), device, dtype)
 
     def batch_loss(model, samples, step):
         signal = train_set.batch([train_set.training_window(n, rows, T, args.seed) for n in samples], T).to(device)
@@ -1180,8 +1336,7 @@ def pretrain(args):
 
     num_steps = fit(args, model, folder, device, dtype, len(rows), batch_loss, evaluate)
     tables = evaluate_reconstruction(model, xyz, device, dtype, train_set, val_set, windows)
-    print_tables(tables)
-    folder.log(step=num_steps, tables=tables)
+    finish(folder, num_steps, tables, train_set)
     say(f"\nthe model is in {folder.path}")
 
 
@@ -1212,6 +1367,8 @@ def finetune(args):
     model = BrainLMRegressor(config, mean, std)
     model.backbone.load_state_dict(backbone.state_dict())
     model.to(device)
+    model.backbone.gradient_checkpointing = args.gradient_checkpointing
+    describe(args, model, 1 + T // config.timepoint_patching_size * len(xyz), device, dtype)
     xyz = xyz.to(device)
     if args.freeze_backbone:
         model.backbone.requires_grad_(False)
@@ -1241,8 +1398,7 @@ def finetune(args):
              "ridge on functional connectivity": connectivity_ridge(train_set, rows[0], targets[0][rows[0]], val_set, rows[1])}
     table = {name: regression_scores(prediction, val_target) for name, prediction in table.items()}
     tables = {f"{column}, {len(val_target)} validation recordings": table}
-    print_tables(tables)
-    folder.log(step=num_steps, tables=tables)
+    finish(folder, num_steps, tables, train_set)
     say(f"\nahead by MAE: {min(table, key=lambda name: table[name]['MAE'])}; the model is in {folder.path}")
 
 
@@ -1255,13 +1411,19 @@ def evaluate(args):
     model.to(device)
     windows = val_set.fixed_windows(range(len(val_set)), T, stride=max(T // 4, 1))
     tables = evaluate_reconstruction(model, xyz, device, dtype, train_set, val_set, windows)
-    if networks:
+    if networks and len(xyz) > 1:
         tables |= evaluate_networks(model, xyz, device, val_set, windows, networks)
     print_tables(tables)
     folder = Path(args.model_name_or_path if Path(args.model_name_or_path).is_dir() else ".")
-    if rank() == 0:
-        write_json(folder / "evaluation.json", {"dataset": args.val_dataset_path, "tables": tables})
+    if rank() > 0:
+        return
+    write_json(folder / "evaluation.json", {"dataset": args.val_dataset_path, "tables": tables})
     say(f"\nwritten to {folder / 'evaluation.json'}")
+    try:
+        plot_evaluation(folder / "evaluation.png", model, xyz, device, val_set, windows, tables)
+        say(f"pictures in {folder / 'evaluation.png'}")
+    except BadInput as error:
+        say(f"no picture: {error}")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1318,6 +1480,7 @@ def command_line():
         if run is evaluate:
             continue
         flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; None: on cuda")
+        flag("--gradient_checkpointing", action="store_true", help="recompute layers in backward: less memory, a third slower")
         flag("--per_device_train_batch_size", type=count, default=2, help="recordings a process takes at once")
         flag("--per_device_eval_batch_size", type=count, default=8, help="the same in validation")
         flag("--gradient_accumulation_steps", type=count, default=1, help="batches that make one step")

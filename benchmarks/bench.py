@@ -1,0 +1,196 @@
+"""Time and memory of a training step and of reading windows, against the obvious ways to do the same.
+
+    python benchmarks/bench.py                 # the demo size: 424 parcels, 10 temporal tokens
+    python benchmarks/bench.py --all           # 94, 424 and 1000 parcels, 10 and 24 temporal tokens
+    python benchmarks/bench.py --data          # windows a second from a dataset on disk, against `datasets`
+
+Every line is measured in a process of its own, one after the other, so that one's memory is not another's.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import brainlm
+
+METHODS = {"ours": "blocks, no mask", "masked": "boolean mask", "reference": "additive mask, attention dropout 0.1"}
+PATCH, BATCH = 20, 2
+
+
+def masked_attention(method, N, V):
+    """The same attention by its definition: a mask of S x S. "reference" adds it as floats and drops out 0.1."""
+    mask = brainlm.block_causal_mask(N, V)
+    if method == "reference":
+        mask = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+
+    def attention(q, k, v, V, dropout=0.0):
+        bias = mask.to(q.device) if method == "masked" else mask.to(q.device, q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=0.1 if method == "reference" else 0.0)
+    return attention
+
+
+def arithmetic(model, N, V):
+    """Floating-point operations that one training step needs: 6 a weight and token, and the products of queries, keys
+    and values that the block-causal mask keeps, forward once and backward twice."""
+    config, tokens = model.config, 1 + N * V
+    weights = sum(m.weight.numel() for m in model.layers.modules() if isinstance(m, torch.nn.Linear))
+    pairs = V * V * N * (N + 1) // 2 + tokens
+    return BATCH * (6 * weights * tokens + 12 * config.num_hidden_layers * config.hidden_size * pairs)
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def memory(device):
+    """Peak so far, bytes."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def training_step(method, V, N, dtype, device, compiled, hidden_size=256, layers=4, heads=8, seconds=10.0):
+    """Median seconds of a training step (forward, loss, backward, AdamW), its memory above the import, its arithmetic."""
+    device, dtype = torch.device(device), getattr(torch, dtype)
+    at_import = memory(device)
+    torch.manual_seed(0)
+    config = brainlm.BrainLMConfig(num_timepoints_per_voxel=N * PATCH, hidden_size=hidden_size, num_hidden_layers=layers,
+                                   num_attention_heads=heads)
+    model = brainlm.BrainLM(config).to(device)
+    if method != "ours":
+        brainlm.block_causal_attention = masked_attention(method, N, V)
+    step_model = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    signal, xyz = torch.randn(BATCH, N * PATCH, V, device=device), 50 * torch.randn(V, 3, device=device)
+    mask, times, started = brainlm.random_mask(BATCH, N, V, 0.75).to(device), [], time.perf_counter()
+    while len(times) < 2 or time.perf_counter() - started < seconds and len(times) < 50:
+        synchronize(device)
+        begin = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = brainlm.reconstruction_loss(step_model(signal, xyz, mask)[0], signal, mask)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize(device)
+        times.append(time.perf_counter() - begin)
+    times = sorted(times[1:])                           # the first step allocates and compiles
+    return {"seconds": times[len(times) // 2], "memory": memory(device) - at_import, "arithmetic": arithmetic(model, N, V)}
+
+
+def matmul_peak(dtype, device, size=4096):
+    """Operations a second of the largest thing that the machine does well: a product of two square matrices."""
+    a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+    best = float("inf")
+    for _ in range(4):
+        synchronize(a.device)
+        begin = time.perf_counter()
+        a @ a
+        synchronize(a.device)
+        best = min(best, time.perf_counter() - begin)
+    return {"peak": 2 * size ** 3 / best}
+
+
+def in_own_process(function, **arguments):
+    """Run a function of this file in a new process; None if it fails (out of memory)."""
+    done = subprocess.run([sys.executable, __file__, "--call", json.dumps([function.__name__, arguments])],
+                          stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+
+
+def bench_training(sizes, dtypes, device, compiled):
+    peak = {dtype: in_own_process(matmul_peak, dtype=dtype, device=device)["peak"] for dtype in dtypes}
+    print(", ".join(f"{dtype} matrix products: {each / 1e9:.0f} GFLOP/s" for dtype, each in peak.items()))
+    print(f"training step of batch {BATCH}, hidden 256, 4 layers, 8 heads\n"
+          f"{'parcels':>8}{'tokens':>8}  {'attention':<38}{'dtype':<10}{'s/step':>9}{'ours is':>9}{'samples/s':>11}"
+          f"{'tokens/s':>11}{'GFLOP/s':>9}{'of peak':>9}{'GiB':>7}")
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device == "cpu" else \
+        torch.cuda.get_device_properties(0).total_memory
+    for V, N in sizes:
+        for dtype in dtypes:
+            ours = None
+            for method, name in METHODS.items():
+                probabilities = 3 * 4 * BATCH * 8 * 4 * (1 + N * V) ** 2     # dropout on CPUs stores S x S for each head
+                if method == "reference" and probabilities > available:
+                    print(f"{V:>8}{N:>8}  {name:<38}{dtype:<10}{'needs about ' + str(probabilities >> 30) + ' GiB':>20}")
+                    continue
+                result = in_own_process(training_step, method=method, V=V, N=N, dtype=dtype, device=device, compiled=compiled)
+                if result is None:
+                    print(f"{V:>8}{N:>8}  {name:<38}{dtype:<10}{'out of memory':>20}")
+                    continue
+                seconds = result["seconds"]
+                ours = ours or seconds
+                print(f"{V:>8}{N:>8}  {name:<38}{dtype:<10}{seconds:>9.3f}{seconds / ours:>8.1f}x{BATCH / seconds:>11.2f}"
+                      f"{BATCH * (1 + N * V) / seconds:>11.0f}{result['arithmetic'] / seconds / 1e9:>9.0f}"
+                      f"{result['arithmetic'] / seconds / peak[dtype]:>9.0%}{result['memory'] / 2 ** 30:>7.2f}", flush=True)
+
+
+def read_windows(reader, folder, count=2000, T=200):
+    """Windows a second, and the memory that reading them took that is not the file's own pages."""
+    column = "Voxelwise_RobustScaler_Normalized_Recording"
+
+    def private():
+        return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
+    if reader == "ours":
+        dataset = brainlm.RecordingDataset(folder, column, T)
+        window = lambda n: dataset.batch([dataset.training_window(n, range(len(dataset)), T, 0)], T)
+    else:
+        import datasets
+        dataset = datasets.load_from_disk(folder)
+        if reader == "datasets, numpy format":
+            dataset = dataset.with_format("numpy")
+        window = lambda n: torch.tensor(dataset[n % len(dataset)][column])[:T]
+    window(0)
+    before, begin, n = private(), time.perf_counter(), 0
+    while n < count and time.perf_counter() - begin < 10:
+        n += 1
+        window(n)
+    return {"rate": n / (time.perf_counter() - begin), "private": private() - before}
+
+
+def bench_data():
+    import sample_data
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        sample_data.make_sample_data(folder)
+        print(f"sample_data.py: {time.perf_counter() - begin:.1f} s for 100 + 20 recordings of 500 x 424\n")
+        sample_data.make_sample_data(f"{folder}/large", num_train=500, num_val=1)
+        print(f"\n{'windows of 200 x 424 from':<34}{'recordings':>12}{'windows/s':>12}{'ms/window':>12}{'private MiB':>13}")
+        for reader, path, rows in (("ours", f"{folder}/train", 100), ("ours", f"{folder}/large/train", 500),
+                                   ("datasets, default format", f"{folder}/train", 100),
+                                   ("datasets, numpy format", f"{folder}/train", 100)):
+            result = in_own_process(read_windows, reader=reader, folder=path)
+            print(f"{reader:<34}{rows:>12}{result['rate']:>12.0f}{1000 / result['rate']:>12.3f}"
+                  f"{result['private'] / 2 ** 20:>13.1f}" if result else f"{reader:<34}  not installed")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="all sizes instead of the demo's")
+    parser.add_argument("--data", action="store_true", help="reading windows instead of training")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--call", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.call:
+        name, arguments = json.loads(args.call)
+        print(json.dumps(globals()[name](**arguments)))
+    elif args.data:
+        bench_data()
+    else:
+        sizes = [(V, N) for V in (94, 424, 1000) for N in (10, 24)] if args.all else [(424, 10)]
+        bench_training(sizes, args.dtypes, args.device, args.compile)
+
+
+if __name__ == "__main__":
+    main()
