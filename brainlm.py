@@ -71,8 +71,8 @@ class BrainLMConfig:
         self.intermediate_size = 4 * H if self.intermediate_size is None else self.intermediate_size
         for name in ("num_timepoints_per_voxel", "timepoint_patching_size", "hidden_size", "num_hidden_layers",
                      "num_attention_heads", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"{name} is {getattr(self, name)}: it must be at least 1")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise BadInput(f"{name} is {getattr(self, name)!r}: it must be a whole number, at least 1")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise BadInput(f"{name} is {getattr(self, name)}: it must lie in [0, 1)")
@@ -110,7 +110,7 @@ def read_arrow(path):
     except FileNotFoundError:
         raise BadInput(f"{folder} is no Arrow dataset: no state.json in it (write one with write_dataset of "
                        "sample_data.py or datasets.save_to_disk)") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{folder / 'state.json'} is not what save_to_disk writes: {error!r}") from None
     if state.get("_indices_data_files"):
         raise BadInput(f"{folder} was saved with an index mapping by an old `datasets`: load it there and save it again")
@@ -125,6 +125,7 @@ def read_arrow(path):
                 if stream.read() != b"\xff\xff\xff\xff\0\0\0\0":
                     raise pa.ArrowInvalid("no end-of-stream marker")
             tables.append(pa.ipc.open_stream(pa.memory_map(str(file))).read_all())
+            tables[-1].validate(full=True)              # offsets out of bounds; reads no number of a recording
         except (pa.ArrowInvalid, OSError) as error:
             raise BadInput(f"{file} is missing, truncated or no Arrow stream ({str(error).splitlines()[0]}): "
                            "copy or write the dataset again") from None
@@ -159,7 +160,8 @@ def read_coordinates(path):
     Returns xyz float32 [V, 3] (columns X, Y, Z; MNI mm) and a list of V labels (column Network) or None.
     """
     table = read_arrow(path)
-    xyz = np.stack([read_numbers(table, axis, path) for axis in "XYZ"], axis=1).astype(np.float32)
+    with np.errstate(over="ignore"):                    # too large for float32: infinite, and refused as such
+        xyz = np.stack([read_numbers(table, axis, path) for axis in "XYZ"], axis=1).astype(np.float32)
     faults = np.argwhere(~np.isfinite(xyz))
     if len(faults):
         row, axis = faults[0]
@@ -205,11 +207,13 @@ class RecordingDataset:
                 self.refuse(f"row {first_row + np.flatnonzero(chunk.is_null())[0]} is missing")
             rows, timepoints = flatten_lists(chunk) or (None, chunk)
             inner, values = flatten_lists(timepoints) or (None, None)
-            if timepoints.null_count:
-                self.refuse(f"a timepoint is missing in one of rows {first_row} to {first_row + len(chunk) - 1}")
             if values is None or not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
                 self.refuse(f"holds {column.type}: a recording is a two-dimensional list of numbers, "
                             "(timepoints, parcels)")
+            gaps = np.flatnonzero(timepoints[rows[0]:rows[-1]].is_null())
+            if len(gaps):
+                row = int(np.searchsorted(rows - rows[0], gaps[0], side="right")) - 1
+                self.refuse(f"row {first_row + row}, timepoint {gaps[0] - (rows[row] - rows[0])} is missing")
             widths = np.diff(inner[rows[0]:rows[-1] + 1])           # parcels at every timepoint of the chunk
             if len(widths):
                 num_parcels = num_parcels or int(widths[0])
@@ -251,8 +255,10 @@ class RecordingDataset:
         T, V = num_timepoints or int(self.lengths[row]) - start, self.num_parcels
         begin = base + (int(rows[row - first_row]) + start) * V
         signal = values.slice(begin, T * V).to_numpy(zero_copy_only=False).reshape(T, V)
-        if not np.isfinite(signal).all():
-            t, v = np.argwhere(~np.isfinite(signal))[0]
+        with np.errstate(over="ignore"):                # what is too large for float32 is infinite for the model
+            finite = np.isfinite(signal.astype(np.float32, copy=False))
+        if not finite.all():
+            t, v = np.argwhere(~finite)[0]
             self.refuse(f"row {row}, timepoint {start + t}, parcel {v} is {signal[t, v]}: repair it or leave the row out")
         return signal
 
@@ -302,13 +308,17 @@ class SpatialEncoding(nn.Module):
     """Encoding of a parcel learned from its coordinates: [V, 3] in MNI mm -> [V, H].
 
     With a Linear on xyz itself, attention could compare parcels by a bilinear form of three numbers only: too little to
-    find "the same parcel earlier" or "my neighbours". Waves of eight wavelengths along each axis tell parcels apart.
+    find "the same parcel earlier" or "my neighbours". Waves of eight wavelengths along each axis tell parcels apart; the
+    long ones start largest, so that near parcels start alike.
     """
 
     def __init__(self, hidden_size, num_octaves=8):
         super().__init__()
         self.num_octaves = num_octaves
         self.linear = nn.Linear(6 * num_octaves, hidden_size)
+        amplitude = 2.0 ** -torch.arange(num_octaves)
+        with torch.no_grad():
+            self.linear.weight *= (amplitude / amplitude.square().mean().sqrt()).repeat(6)
 
     def forward(self, xyz):
         wavelengths = 256.0 / 2 ** torch.arange(self.num_octaves, device=xyz.device)  # mm: 256, 128, ..., 2
@@ -318,9 +328,10 @@ class SpatialEncoding(nn.Module):
 
 
 def temporal_encoding(N, hidden_size, device=None):
-    """The sinusoid of Vaswani et al. 2017, section 3.5, over temporal tokens 0..N-1: [N, H]."""
+    """The sinusoid of Vaswani et al. 2017, section 3.5, over temporal tokens 0..N-1: [N, H]. With base 100 where they
+    have 10,000: windows hold tens of temporal tokens, and slower waves would stand still."""
     position = torch.arange(N, device=device)[:, None]
-    frequency = 10_000.0 ** (-torch.arange(0, hidden_size, 2, device=device) / hidden_size)
+    frequency = 100.0 ** (-torch.arange(0, hidden_size, 2, device=device) / hidden_size)
     return torch.stack([torch.sin(position * frequency), torch.cos(position * frequency)], dim=-1).flatten(1)
 
 
@@ -400,14 +411,14 @@ class Layer(nn.Module):
         self.dropout, self.attention_dropout = config.hidden_dropout_prob, config.attention_probs_dropout_prob
         self.attention_norm = nn.LayerNorm(H)
         self.qkv = nn.Linear(H, 3 * H)
-        self.position = nn.Linear(H, 2 * H, bias=False)
+        self.position = nn.Linear(2 * H, 2 * H, bias=False)
         self.out = nn.Linear(H, H)
         self.mlp_norm = nn.LayerNorm(H)
         self.up = nn.Linear(H, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, H)
 
     def queries_keys_values(self, x, position):
-        """x [B, S, H], position [S, H] -> q, k, v, each [B, heads, S, D]. Where and when a token is enters queries and keys
+        """x [B, S, H], position [S, 2 * H] -> q, k, v, each [B, heads, S, D]. Where and when a token is enters queries and keys
         once more in each layer: who reads whom should not blur as the content of the stream grows."""
         q, k, v = self.qkv(self.attention_norm(x)).chunk(3, dim=-1)
         position_q, position_k = self.position(position).chunk(2, dim=-1)
@@ -443,37 +454,48 @@ class BrainLM(nn.Module):
 
     @torch.no_grad()
     def start_as_smoother(self):
-        """Initialise so that the untrained model averages the visible signals of nearby parcels, a fair first guess at a
-        hidden one: queries equal keys, so that a token reads those with a similar position, but not hidden ones, whose
-        keys all queries dislike; values and outputs pass the signal on unchanged; the head undoes the patch projection;
-        the MLPs start near zero."""
+        """Initialise so that the untrained model averages the visible signals of nearby parcels at the same time, a fair
+        first guess at a hidden one. Queries equal keys, so that a token reads those with a similar position; hidden tokens
+        get keys that all queries dislike. Values and outputs pass on the patch alone, and the head undoes its projection,
+        which shares no direction with the other terms of a token or with the mean that LayerNorm takes away: else the
+        head would take them for signal. The MLPs start near zero."""
+        config = self.config
+        H, P, N = config.hidden_size, config.timepoint_patching_size, config.num_timepoints_per_voxel // config.timepoint_patching_size
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.mask_token, std=0.3)
         nn.init.normal_(self.cls_token, std=0.02)
-        nn.init.orthogonal_(self.patch_projection.weight)
+        taken = torch.cat([torch.ones(1, H), temporal_encoding(N, H)]) if N + P < H else torch.zeros(0, H)
+        directions = torch.cat([taken.T, nn.init.orthogonal_(torch.empty(H, P))], dim=1)
+        self.patch_projection.weight.copy_(torch.linalg.qr(directions)[0][:, -P:] if P < H else directions)
+        patch_space = self.patch_projection.weight @ self.patch_projection.weight.T        # [H, H], a projection
         self.head.weight.copy_(self.patch_projection.weight.T)
+        self.spatial_encoding.linear.weight -= patch_space @ self.spatial_encoding.linear.weight
+        self.mask_token -= patch_space @ self.mask_token
         for layer in self.layers:
             query, key, value = layer.qkv.weight.chunk(3)
             key.copy_(nn.init.orthogonal_(query).mul_(0.2))
+            value.copy_(patch_space)
             hidden_key = F.normalize((key @ self.mask_token).view(layer.num_heads, -1), dim=1).flatten()
-            layer.qkv.bias.chunk(3)[0].copy_(-4 * hidden_key)
-            query, key = layer.position.weight.chunk(2)
-            key.copy_(nn.init.orthogonal_(query))
-            nn.init.eye_(value)
+            layer.qkv.bias.chunk(3)[0].copy_(-16 * hidden_key)
+            query, key = layer.position.weight.chunk(2)                                     # of where, when [H, 2 * H]
+            nn.init.orthogonal_(query[:, :H]).mul_(2)
+            nn.init.orthogonal_(query[:, H:]).mul_(4)
+            key.copy_(query)
             nn.init.eye_(layer.out.weight).div_(len(self.layers))
             nn.init.normal_(layer.down.weight, std=0.002)
 
     def position(self, xyz, N):
-        """Where and when each token of the sequence is, [S, H]; zero for CLS."""
-        H = self.config.hidden_size
-        position = self.spatial_encoding(xyz) + temporal_encoding(N, H, xyz.device)[:, None]     # [N, V, H]
-        return F.pad(position.flatten(0, 1), (0, 0, 1, 0))
+        """Where each parcel is, [V, H], when each temporal token is, [N, H], and both, side by side, for each token of the
+        sequence, [S, 2 * H], zero for CLS."""
+        where, when = self.spatial_encoding(xyz), temporal_encoding(N, self.config.hidden_size, xyz.device)
+        both = torch.cat([where.expand(N, *where.shape), when[:, None].expand(N, *where.shape)], dim=2)
+        return where, when, F.pad(both.flatten(0, 1), (0, 0, 1, 0))
 
     def tokens(self, signal, xyz, mask=None):
-        """signal [B, T, V], xyz [V, 3] in mm, mask bool [B, N, V] or None -> the sequence [B, S, H] and the position [S, H]
-        that is part of it."""
+        """signal [B, T, V], xyz [V, 3] in mm, mask bool [B, N, V] or None -> the sequence [B, S, H] and the tokens'
+        positions [S, 2 * H]."""
         B, T, V = signal.shape
         P = self.config.timepoint_patching_size
         if T % P or V != len(xyz):
@@ -482,8 +504,9 @@ class BrainLM(nn.Module):
         content = self.patch_projection(patchify(signal, P))                         # [B, N, V, H]
         if mask is not None:
             content = torch.where(mask[..., None], self.mask_token.to(content.dtype), content)
-        position = self.position(xyz, T // P)
-        return torch.cat([self.cls_token.expand(B, 1, -1), content.flatten(1, 2)], dim=1) + position, position
+        where, when, position = self.position(xyz, T // P)
+        tokens = content + where + when[:, None]
+        return torch.cat([self.cls_token.expand(B, 1, -1), tokens.flatten(1, 2)], dim=1), position
 
     def forward(self, signal, xyz, mask=None):
         """signal float [B, T, V], xyz float [V, 3] in mm, mask bool [B, N, V] (True = hidden) or None.
@@ -667,7 +690,7 @@ def save_model(model, folder):
     hub_model = "BrainLMForRegression" if isinstance(model, BrainLMRegressor) else "BrainLMForPreTraining"
     write_json(folder / "config.json", asdict(model.config) | {
         "model_type": "brainlm", "architectures": [hub_model],
-        "auto_map": {"AutoConfig": "brainlm.BrainLMHubConfig", "AutoModel": f"brainlm.{hub_model}",
+        "auto_map": {"AutoConfig": f"brainlm.{hub_model}Config", "AutoModel": f"brainlm.{hub_model}",
                      "AutoModelForPreTraining": f"brainlm.{hub_model}"}})
     write_atomically(folder / "brainlm.py", lambda file: file.write(Path(__file__).read_bytes()))
     write_atomically(folder / "pytorch_model.bin", lambda file: torch.save(model.state_dict(), file))
@@ -696,7 +719,7 @@ def load_model(model_class, name_or_path):
         raise BadInput(f"{folder / 'config.json'} is missing or is no BrainLM configuration ({error!r})") from None
     safe, plain = folder / "model.safetensors", folder / "pytorch_model.bin"
     weights = load_tensors(safe if safe.exists() and not plain.exists() else plain)
-    weights = {name.removeprefix("model."): value for name, value in weights.items()}       # the Hub's prefix
+    weights = {str(name).removeprefix("model."): value for name, value in weights.items()}       # the Hub's prefix
     if model_class is BrainLM and "target_mean" in weights:
         weights = {name.removeprefix("backbone."): value for name, value in weights.items() if "backbone." in name}
     model = model_class(config)
@@ -711,11 +734,11 @@ def load_model(model_class, name_or_path):
 def __getattr__(name):
     """The classes that the Hub looks up by name (auto_map in config.json), made on first use (PEP 562): importing
     brainlm never imports transformers."""
-    if name not in ("BrainLMHubConfig", "BrainLMForPreTraining", "BrainLMForRegression"):
+    if name.removesuffix("Config") not in ("BrainLMForPreTraining", "BrainLMForRegression"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     transformers = optional("transformers")
 
-    class BrainLMHubConfig(transformers.PretrainedConfig):
+    class HubConfig(transformers.PretrainedConfig):
         model_type = "brainlm"
 
         def __init__(self, **values):
@@ -724,7 +747,7 @@ def __getattr__(name):
             super().__init__(**values)
 
     class HubModel(transformers.PreTrainedModel):
-        config_class, base_model_prefix = BrainLMHubConfig, "model"
+        base_model_prefix = "model"
 
         def __init__(self, config):
             super().__init__(config)
@@ -737,9 +760,12 @@ def __getattr__(name):
         def forward(self, *inputs, **named):
             return self.model(*inputs, **named)
 
-    made = {"BrainLMHubConfig": BrainLMHubConfig}
+    made = {}
     for class_name, model_class in (("BrainLMForPreTraining", BrainLM), ("BrainLMForRegression", BrainLMRegressor)):
-        made[class_name] = type(class_name, (HubModel,), {"model_class": model_class, "__module__": __name__})
+        # A configuration class for each: transformers remembers one model class for each configuration class.
+        config_class = made[f"{class_name}Config"] = type(f"{class_name}Config", (HubConfig,), {"__module__": __name__})
+        made[class_name] = type(class_name, (HubModel,), {
+            "model_class": model_class, "config_class": config_class, "__module__": __name__})
     globals().update(made)
     return made[name]
 
@@ -809,7 +835,7 @@ def gaussian_conditional(dataset):
     covariance = square / count - np.outer(mean, mean)
 
     def predictor(ridge):
-        penalty = ridge * np.trace(covariance) / V
+        penalty = ridge * max(np.trace(covariance) / V, 1e-12)       # all constant: predict the mean
 
         def predict(signal, mask):
             prediction = patchify(signal, signal.shape[1] // mask.shape[1]).numpy().copy()       # [B, N, V, P]
@@ -1058,7 +1084,10 @@ class RunFolder:
         if (self.path / "args.json").exists() or (self.path / "config.json").exists():
             self.check(args, config)
         if (self.path / "training_state.pt").exists():
-            self.state = load_tensors(self.path / "training_state.pt")
+            try:
+                self.state = load_tensors(self.path / "training_state.pt")
+            except BadInput as error:
+                raise BadInput(f"{error}: start anew with --overwrite_output_dir") from None
         if world_size() > 1:
             dist.barrier()                              # all have read what rank 0 is about to write anew
         if rank() == 0:
@@ -1200,6 +1229,8 @@ def fit(args, model, folder, device, dtype, num_recordings, batch_loss, evaluate
             if not math.isfinite(loss) or not norm.isfinite():
                 raise BadInput(f"step {step + 1}: the loss is {loss} and its gradient's norm {norm:.3g}, training stops and "
                                f"{folder.path} keeps its last checkpoint (try a lower --learning_rate, or --dtype float32)")
+            if step > first_step and step % args.save_steps == 0:    # only now is it known that this model was good
+                folder.save(model, optimizers, step, loss_sum)
             for optimizer in optimizers:
                 optimizer.step()
             model.zero_grad()
@@ -1217,7 +1248,7 @@ def fit(args, model, folder, device, dtype, num_recordings, batch_loss, evaluate
                 metrics = evaluate()
                 say("  validation  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
                 folder.log(step=done, **metrics)
-            if stops or last or done % args.save_steps == 0:
+            if stops or last:
                 folder.save(model, optimizers, done, loss_sum)
             if stops and not last:
                 say(f"stopped after step {done} of {num_steps}, saved in {folder.path}: the same command goes on from here")
@@ -1304,6 +1335,7 @@ def pretrain(args):
     T, P = config.num_timepoints_per_voxel, config.timepoint_patching_size
     device, dtype = pick_device(args)
     xyz, _, train_set, val_set = open_data(args, T, args.max_train_samples, args.max_eval_samples)
+    random_mask(1, T // P, len(xyz), config.mask_ratio)      # refuses a ratio that hides nothing before a folder is made
     folder = RunFolder(args, config)
     if not args.model_name_or_path:
         torch.manual_seed(args.seed)
@@ -1350,8 +1382,9 @@ def finetune(args):
     targets, rows = [], []
     for dataset in (train_set, val_set):
         target = read_numbers(dataset.table, column, dataset.path)
-        if np.isinf(target).any():
-            raise BadInput(f"{dataset.path}: column {column!r} is infinite in row {np.flatnonzero(np.isinf(target))[0]}")
+        huge = np.flatnonzero(np.abs(target) > 1e30)                 # its square must fit into a float32 too
+        if len(huge):
+            raise BadInput(f"{dataset.path}: column {column!r} is infinite in row {huge[0]} ({target[huge[0]]})")
         present = np.flatnonzero(~np.isnan(target))
         if not len(present):
             raise BadInput(f"{dataset.path}: column {column!r} is missing in every row")
