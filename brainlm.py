@@ -248,11 +248,12 @@ class RecordingDataset:
     def __len__(self):
         return len(self.lengths)
 
-    def window(self, row, start=0, num_timepoints=None):
-        """num_timepoints of one recording from timepoint start on (None: to its end), as numpy [T, V] in the dataset's
-        own dtype: a view of the file, not a copy, where no value is missing. Raises BadInput at NaN and infinity."""
+    def window(self, row, start=0, num_timepoints=None, stride=1):
+        """num_timepoints of one recording (None: to its end), every stride-th one from timepoint start on, as numpy [T, V]
+        in the dataset's own dtype: a view of the file, not a copy, where no value is missing. Raises BadInput at NaN and
+        infinity."""
         first_row, rows, values, base = self.chunks[np.searchsorted(self.first_rows, row, side="right") - 1]
-        T, V = num_timepoints or int(self.lengths[row]) - start, self.num_parcels
+        T, V = stride * num_timepoints if num_timepoints else int(self.lengths[row]) - start, self.num_parcels
         begin = base + (int(rows[row - first_row]) + start) * V
         signal = values.slice(begin, T * V).to_numpy(zero_copy_only=False).reshape(T, V)
         with np.errstate(over="ignore"):                # what is too large for float32 is infinite for the model
@@ -260,13 +261,13 @@ class RecordingDataset:
         if not finite.all():
             t, v = np.argwhere(~finite)[0]
             self.refuse(f"row {row}, timepoint {start + t}, parcel {v} is {signal[t, v]}: repair it or leave the row out")
-        return signal
+        return signal[::stride]
 
     def batch(self, windows, num_timepoints):
-        """float32 tensor [B, T, V] of the windows [(row, start), ...]."""
+        """float32 tensor [B, T, V] of the windows [(row, start) or (row, start, stride), ...]."""
         out = np.empty((len(windows), num_timepoints, self.num_parcels), dtype=np.float32)
-        for signal, (row, start) in zip(out, windows):
-            signal[:] = self.window(row, start, num_timepoints)
+        for signal, (row, start, *stride) in zip(out, windows):
+            signal[:] = self.window(row, start, num_timepoints, *stride)
         return torch.from_numpy(out)
 
     def fixed_windows(self, rows, num_timepoints, stride):
@@ -274,12 +275,16 @@ class RecordingDataset:
         return [(int(row), int(start)) for row in rows for last in [self.lengths[row] - num_timepoints]
                 for start in sorted({*range(0, last, stride), last})]
 
-    def training_window(self, n, rows, num_timepoints, seed):
-        """(row, start) of the n-th training sample: the rows in a new random order each epoch, a random window of each.
-        A function of (seed, n) alone, so that a resumed or distributed run sees the same samples."""
+    def training_window(self, n, rows, num_timepoints, seed, stride_prob=0.0):
+        """(row, start, stride) of the n-th training sample: the rows in a new random order each epoch, a random window of
+        each; with probability stride_prob of every 2nd or 3rd timepoint, where the recording is long enough, as if it had
+        been scanned more slowly. A function of seed and n, so that a resumed or distributed run sees the same samples."""
         epoch, i = divmod(n, len(rows))
         row = int(rows[epoch_order(len(rows), epoch, seed)[i]])
-        return row, int(np.random.default_rng([seed, epoch, i]).integers(self.lengths[row] - num_timepoints + 1))
+        rng = np.random.default_rng([seed, epoch, i])
+        stride = int(rng.integers(2, 4)) if rng.random() < stride_prob else 1
+        stride = min(stride, int(self.lengths[row]) // num_timepoints)
+        return row, int(rng.integers(self.lengths[row] - stride * num_timepoints + 1)), stride
 
 
 @functools.lru_cache(maxsize=2)
@@ -308,17 +313,13 @@ class SpatialEncoding(nn.Module):
     """Encoding of a parcel learned from its coordinates: [V, 3] in MNI mm -> [V, H].
 
     With a Linear on xyz itself, attention could compare parcels by a bilinear form of three numbers only: too little to
-    find "the same parcel earlier" or "my neighbours". Waves of eight wavelengths along each axis tell parcels apart; the
-    long ones start largest, so that near parcels start alike.
+    find "the same parcel earlier" or "my neighbours". Waves of eight wavelengths along each axis tell parcels apart.
     """
 
     def __init__(self, hidden_size, num_octaves=8):
         super().__init__()
         self.num_octaves = num_octaves
         self.linear = nn.Linear(6 * num_octaves, hidden_size)
-        amplitude = 2.0 ** -torch.arange(num_octaves)
-        with torch.no_grad():
-            self.linear.weight *= (amplitude / amplitude.square().mean().sqrt()).repeat(6)
 
     def forward(self, xyz):
         wavelengths = 256.0 / 2 ** torch.arange(self.num_octaves, device=xyz.device)  # mm: 256, 128, ..., 2
@@ -456,7 +457,7 @@ class BrainLM(nn.Module):
     def start_as_smoother(self):
         """Initialise so that the untrained model averages the visible signals of nearby parcels at the same time, a fair
         first guess at a hidden one. Queries equal keys, so that a token reads those with a similar position; hidden tokens
-        get keys that all queries dislike. Values and outputs pass on the patch alone, and the head undoes its projection,
+        get keys that all queries dislike. Values and outputs pass tokens on unchanged. The head undoes the patch projection,
         which shares no direction with the other terms of a token or with the mean that LayerNorm takes away: else the
         head would take them for signal. The MLPs start near zero."""
         config = self.config
@@ -476,13 +477,13 @@ class BrainLM(nn.Module):
         for layer in self.layers:
             query, key, value = layer.qkv.weight.chunk(3)
             key.copy_(nn.init.orthogonal_(query).mul_(0.2))
-            value.copy_(patch_space)
+            nn.init.eye_(value)
             hidden_key = F.normalize((key @ self.mask_token).view(layer.num_heads, -1), dim=1).flatten()
-            layer.qkv.bias.chunk(3)[0].copy_(-16 * hidden_key)
+            layer.qkv.bias.chunk(3)[0].copy_(-4 * hidden_key)
             query, key = layer.position.weight.chunk(2)                                     # of where, when [H, 2 * H]
-            nn.init.orthogonal_(query[:, :H]).mul_(2)
-            nn.init.orthogonal_(query[:, H:]).mul_(4)
-            key.copy_(query)
+            nn.init.orthogonal_(query[:, :H])
+            nn.init.orthogonal_(query[:, H:])
+            key.copy_(query.mul_(2))
             nn.init.eye_(layer.out.weight).div_(len(self.layers))
             nn.init.normal_(layer.down.weight, std=0.002)
 
@@ -588,6 +589,12 @@ def forward_mask(B, N, V):
     mask = torch.zeros(B, N, V, dtype=torch.bool)
     mask[:, -1] = True
     return mask
+
+
+def repeated_forward_mask(B, N, V, generator=None):
+    """The forward mask, and of the earlier temporal tokens a third, the same in all samples, hidden as well: a forecast
+    after each gap, several times the lesson of a single one at the window's end. For training."""
+    return forward_mask(B, N, V) | (torch.rand(N, 1, generator=generator) < 1 / 3)
 
 
 def reconstruction_loss(prediction, signal, mask, loss_fn="mse"):
@@ -1198,7 +1205,10 @@ def fit(args, model, folder, device, dtype, num_recordings, batch_loss, evaluate
         try:
             model.load_state_dict(folder.state["model"])
             for optimizer, state in zip(optimizers, folder.state["optimizers"], strict=True):
+                decays = [group["weight_decay"] for group in optimizer.param_groups]     # the flag's, not the old run's
                 optimizer.load_state_dict(state)
+                for group, decay in zip(optimizer.param_groups, decays):
+                    group["weight_decay"] = decay
             first_step, loss_sum = folder.state["step"], folder.state["loss_sum"]
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{folder.path / 'training_state.pt'} does not fit this model ({str(error).splitlines()[0]}): "
@@ -1349,13 +1359,14 @@ def pretrain(args):
     describe(args, model, 1 + T // P * len(xyz), device, dtype)
 
     def batch_loss(model, samples, step):
-        signal = train_set.batch([train_set.training_window(n, rows, T, args.seed) for n in samples], T).to(device)
-        shape = len(samples), T // P, len(xyz)
+        signal = train_set.batch([train_set.training_window(n, rows, T, args.seed, args.stride_prob)
+                                  for n in samples], T).to(device)
+        N, V = T // P, len(xyz)
         if np.random.default_rng([args.seed, 1, step]).random() < args.forward_mask_prob:
-            mask = forward_mask(*shape)
+            mask = repeated_forward_mask(len(samples), N, V, torch.Generator().manual_seed(random_seed(args.seed, 2, step)))
         else:
-            mask = torch.cat([random_mask(1, *shape[1:], config.mask_ratio,
-                                          torch.Generator().manual_seed(random_seed(args.seed, 2, n))) for n in samples])
+            mask = torch.cat([random_mask(1, N, V, config.mask_ratio,
+                                          torch.Generator().manual_seed(random_seed(args.seed, 3, n))) for n in samples])
         mask = mask.to(device)
         return reconstruction_loss(model(signal, xyz_on_device, mask)[0], signal, mask, config.loss_fn)
 
@@ -1410,7 +1421,7 @@ def finetune(args):
 
     def batch_loss(model, samples, step):
         windows = [train_set.training_window(n, rows[0], T, args.seed) for n in samples]
-        target = torch.tensor([targets[0][row] for row, _ in windows], dtype=torch.float32, device=device)
+        target = torch.tensor([targets[0][row] for row, *_ in windows], dtype=torch.float32, device=device)
         return ((model(train_set.batch(windows, T).to(device), xyz) - target) / std).square().mean()
 
     @torch.no_grad()
@@ -1525,7 +1536,9 @@ def command_line():
         flag("--weight_decay", type=number(float, 0), default=0.1, help="of matrices")
         flag("--warmup_ratio", type=share, default=0.05, help="share of the steps")
         if run is pretrain:
-            flag("--forward_mask_prob", type=share, default=0.25, help="share of the steps that hide the last temporal tokens")
+            flag("--forward_mask_prob", type=share, default=0.3, help="share of the steps that hide temporal tokens of all parcels")
+            flag("--stride_prob", type=share, default=0.4, help="share of the windows that take every 2nd or 3rd timepoint, as if "
+                 "scanned more slowly: for recordings with other repetition times")
         flag("--seed", type=number(int, 0, 2 ** 63), default=0, help="of weights, windows and masks")
 
         flag = command.add_argument_group("run folder").add_argument
