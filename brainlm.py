@@ -21,6 +21,7 @@ S = 1 + N * V sequence length. BrainLM: Ortega Caro et al., ICLR 2024 (https://o
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import importlib
 import json
@@ -31,7 +32,7 @@ import signal as signals
 import sys
 import time
 import timeit
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -51,20 +52,24 @@ class BadInput(ValueError):
 # 1. Configuration
 
 
+def setting(default, text):
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class BrainLMConfig:
-    """What defines a model; as JSON it is the config.json of a run folder. Lengths are in timepoints."""
+    """What defines a model; as JSON it is the config.json of a run folder, and each field is a flag of pretrain."""
 
-    num_timepoints_per_voxel: int = 200    # T, the window that the model is trained on
-    timepoint_patching_size: int = 20      # P
-    hidden_size: int = 128                 # H
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    intermediate_size: int = None          # width of the MLP inside a layer; None: 4 * hidden_size
-    hidden_dropout_prob: float = 0.0
-    attention_probs_dropout_prob: float = 0.0
-    mask_ratio: float = 0.75               # share of tokens that a random mask hides
-    loss_fn: str = "mse"                   # or "mae"
+    num_timepoints_per_voxel: int = setting(200, "T, timepoints in the windows that the model is trained on")
+    timepoint_patching_size: int = setting(20, "P, timepoints in a patch")
+    hidden_size: int = setting(128, "H, width of a token")
+    num_hidden_layers: int = setting(4, "transformer layers")
+    num_attention_heads: int = setting(4, "attention heads in a layer")
+    intermediate_size: int = setting(None, "width of the MLP in a layer; None: 4 * hidden_size")
+    hidden_dropout_prob: float = setting(0.0, "dropout of what a layer adds")
+    attention_probs_dropout_prob: float = setting(0.0, "dropout of attention weights; slow on CPUs")
+    mask_ratio: float = setting(0.75, "share of the tokens that a random mask hides")
+    loss_fn: str = setting("mse", "mse or mae")
 
     def __post_init__(self):
         T, P, H = self.num_timepoints_per_voxel, self.timepoint_patching_size, self.hidden_size
@@ -609,9 +614,11 @@ def reconstruction_loss(prediction, signal, mask, loss_fn="mse"):
 
 
 class BrainLMRegressor(nn.Module):
-    """Backbone and a 3-layer MLP on CLS: signal [B, T, V] -> [B], in the target's own units (years, points, ...).
+    """Backbone and a 3-layer MLP: signal [B, T, V] -> [B], in the target's own units (years, points, ...).
 
-    The training targets' mean and standard deviation are part of the model: the MLP sees a standardised target.
+    The MLP reads CLS beside the mean and the spread of all parcel tokens: reconstruction trains these and not CLS, and
+    few recordings are enough to use them. Features and target are standardised by the training data's means and standard
+    deviations, which are part of the model: what tells people apart is a few percent of a feature.
     """
 
     def __init__(self, config, target_mean=0.0, target_std=1.0):
@@ -619,13 +626,20 @@ class BrainLMRegressor(nn.Module):
         H = config.hidden_size
         self.config = config
         self.backbone = BrainLM(config)
-        self.mlp = nn.Sequential(nn.Linear(H, H), nn.GELU(), nn.Linear(H, H // 2), nn.GELU(), nn.Linear(H // 2, 1))
+        self.mlp = nn.Sequential(nn.Linear(3 * H, H), nn.GELU(), nn.Linear(H, H // 2), nn.GELU(), nn.Linear(H // 2, 1))
+        self.register_buffer("feature_mean", torch.zeros(3 * H))
+        self.register_buffer("feature_std", torch.ones(3 * H))
         self.register_buffer("target_mean", torch.tensor(float(target_mean)))
         self.register_buffer("target_std", torch.tensor(float(target_std)))
 
+    def features(self, signal, xyz):
+        """CLS, mean and standard deviation over the parcel tokens, side by side: [B, T, V] -> float32 [B, 3 * H]."""
+        hidden = self.backbone(signal, xyz)[1].float()                               # [B, S, H]
+        return torch.cat([hidden[:, 0], hidden[:, 1:].mean(dim=1), hidden[:, 1:].std(dim=1)], dim=1)
+
     def forward(self, signal, xyz):
-        hidden = self.backbone(signal, xyz)[1]                                       # [B, S, H]
-        return self.mlp(hidden[:, 0]).squeeze(1).float() * self.target_std + self.target_mean
+        features = (self.features(signal, xyz) - self.feature_mean) / self.feature_std
+        return self.mlp(features).squeeze(1).float() * self.target_std + self.target_mean
 
     def save_pretrained(self, folder):
         save_model(self, folder)
@@ -721,7 +735,7 @@ def load_model(model_class, name_or_path):
                            f"({str(error).splitlines()[0]})") from None
     try:
         stored = json.loads((folder / "config.json").read_text())
-        config = BrainLMConfig(**{field.name: stored[field.name] for field in fields(BrainLMConfig)})
+        config = BrainLMConfig(**{each.name: stored[each.name] for each in fields(BrainLMConfig)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{folder / 'config.json'} is missing or is no BrainLM configuration ({error!r})") from None
     safe, plain = folder / "model.safetensors", folder / "pytorch_model.bin"
@@ -1052,8 +1066,19 @@ def pick_device(args):
         torch.cuda.set_device(device)
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if name == "cuda" else "gloo")
+    if name == "cpu":
+        keep_freed_memory()
     bfloat16 = args.dtype == "bfloat16" or args.dtype == "auto" and (name == "cuda" or name == "cpu" and fast_bfloat16())
     return device, torch.bfloat16 if bfloat16 else torch.float32
+
+
+def keep_freed_memory():
+    """glibc returns the pages of large tensors to the system at once and faults them in again a moment later, which costs
+    a quarter of a training step: tell it to keep them."""
+    with contextlib.suppress(OSError, AttributeError):  # another system, another libc
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 28)):    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            mallopt(option, value)
 
 
 def fast_bfloat16():
@@ -1331,8 +1356,8 @@ The method: Ortega Caro et al., BrainLM: A foundation model for brain activity r
 
 
 def pretrain(args):
-    """Hide tokens, reconstruct them."""
-    flags = {field.name: getattr(args, field.name) for field in fields(BrainLMConfig) if field.name in args}
+    """Learn to reconstruct hidden tokens."""
+    flags = {each.name: getattr(args, each.name) for each in fields(BrainLMConfig) if each.name in args}
     if args.model_name_or_path:
         model = BrainLM.from_pretrained(args.model_name_or_path)
         flags = asdict(model.config) | flags
@@ -1373,7 +1398,8 @@ def pretrain(args):
     def evaluate():
         predictors, metrics = {"BrainLM": model_predictor(model, xyz, device, dtype)}, {}
         for name, forward in (("masked", False), ("forecast", True)):
-            sums = score_reconstruction(predictors, val_set, windows, config, forward, args.per_device_eval_batch_size)
+            some = windows[::max(1, len(windows) // 20)]            # enough to watch; the tables at the end take all
+            sums = score_reconstruction(predictors, val_set, some, config, forward, args.per_device_eval_batch_size)
             metrics[f"{name}_R2"] = scores(sums["BrainLM"].sum(dim=1))["R2"]
         return metrics
 
@@ -1384,7 +1410,7 @@ def pretrain(args):
 
 
 def finetune(args):
-    """Predict a scalar of each recording from CLS."""
+    """Learn to predict a scalar of each recording."""
     backbone = BrainLM.from_pretrained(args.model_name_or_path)
     config, column = backbone.config, args.variable_of_interest_col_name
     T = config.num_timepoints_per_voxel
@@ -1436,6 +1462,12 @@ def finetune(args):
         return sum_over_processes(predictions).numpy()
 
     val_target = targets[1][rows[1]]
+    if folder.state is None:
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            features = torch.cat([model.features(train_set.batch([(row, 0)], T).to(device), xyz)
+                                  for row in rows[0][:MAX_BASELINE_ROWS]])
+        model.feature_mean.copy_(features.mean(dim=0))
+        model.feature_std.copy_(features.std(dim=0).nan_to_num(1.0).clamp(min=1e-6))
     num_steps = fit(args, model, folder, device, dtype, len(rows[0]), batch_loss,
                     lambda: regression_scores(predict(), val_target))
     table = {"BrainLM": predict(), "training mean": np.full(len(val_target), mean),
@@ -1514,16 +1546,16 @@ def command_line():
         if run is finetune:
             flag("--freeze_backbone", action="store_true", help="train the MLP head alone")
         if run is pretrain:
-            for field in fields(BrainLMConfig):
-                text = "4 * hidden_size" if field.name == "intermediate_size" else field.default
-                flag(f"--{field.name}", type=field.type, default=argparse.SUPPRESS, help=f"(default: {text})")
+            for each in fields(BrainLMConfig):      # suppressed where not given: a checkpoint's own value counts then
+                flag(f"--{each.name}", type=each.type, default=argparse.SUPPRESS,
+                     help=f"{each.metadata['help']} (default: {each.default})")
 
         flag = command.add_argument_group("machine").add_argument
         flag("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: the fastest there is")
-        flag("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on cuda")
+        flag("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where it is faster")
         if run is evaluate:
             continue
-        flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; None: on cuda")
+        flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (None: on cuda only)")
         flag("--gradient_checkpointing", action="store_true", help="recompute layers in backward: less memory, a third slower")
         flag("--per_device_train_batch_size", type=count, default=2, help="recordings a process takes at once")
         flag("--per_device_eval_batch_size", type=count, default=8, help="the same in validation")
@@ -1532,7 +1564,7 @@ def command_line():
         flag = command.add_argument_group("training").add_argument
         flag("--num_train_epochs", type=positive, default=3.0, help="one window of each recording is an epoch")
         flag("--max_steps", type=count, help="steps of training, instead of epochs")
-        flag("--learning_rate", type=positive, default=2e-3 if run is pretrain else 1e-3, help="after warm-up; cosine decay")
+        flag("--learning_rate", type=positive, default=2e-3 if run is pretrain else 3e-4, help="after warm-up; cosine decay")
         flag("--weight_decay", type=number(float, 0), default=0.1, help="of matrices")
         flag("--warmup_ratio", type=share, default=0.05, help="share of the steps")
         if run is pretrain:

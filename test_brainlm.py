@@ -7,6 +7,8 @@ many processes, the Hub.
 Shapes: B batch, T timepoints, V parcels, P patch length, N = T / P temporal tokens, H hidden size, S = 1 + N * V.
 """
 
+import contextlib
+import io
 import json
 import math
 import multiprocessing
@@ -871,6 +873,33 @@ def test_one_parcel_one_token_and_one_layer_go_through_all_commands(tmp_path):
     brainlm.main(["evaluate", *data, f"--model_name_or_path={run}"])
     losses = [line["loss"] for folder in (run, finetuned) for line in metrics_of(folder) if "loss" in line]
     assert len(losses) == 2 and np.isfinite(losses).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# README
+
+
+def test_every_python_block_of_the_readme_runs_in_order(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.chdir(tmp_path)
+    make_sample_data("sample_data", num_train=1, num_val=1, num_parcels=20, num_timepoints=220)
+    BrainLM(BrainLMConfig(hidden_size=32)).save_pretrained("runs/pretrain")
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 6
+    names = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["forecast"].shape == (1, 40, 20) and Path("my_data/train/state.json").exists()
+
+
+def test_the_readme_names_every_flag():
+    readme = (REPOSITORY / "README.md").read_text()
+    for command in ("pretrain", "finetune", "evaluate"):
+        with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as text:
+            brainlm.main([command, "--help"])
+        flags = set(re.findall(r"--(?!no-)\w+", text.getvalue())) - {"--help"}
+        assert not [flag for flag in flags if f"`{flag}`" not in readme]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
