@@ -1393,7 +1393,10 @@ def pretrain(args):
             mask = torch.cat([random_mask(1, N, V, config.mask_ratio,
                                           torch.Generator().manual_seed(random_seed(args.seed, 3, n))) for n in samples])
         mask = mask.to(device)
-        return reconstruction_loss(model(signal, xyz_on_device, mask)[0], signal, mask, config.loss_fn)
+        # Recordings of another scanner or with movement are louder at times: a random gain, undone in the prediction.
+        gain = torch.tensor([[[np.random.default_rng([args.seed, 4, n]).lognormal(0, 0.5)]] for n in samples],
+                            dtype=torch.float32, device=device)
+        return reconstruction_loss(model(gain * signal, xyz_on_device, mask)[0] / gain, signal, mask, config.loss_fn)
 
     def evaluate():
         predictors, metrics = {"BrainLM": model_predictor(model, xyz, device, dtype)}, {}
