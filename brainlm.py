@@ -1317,7 +1317,7 @@ def describe(args, model, S, device, dtype):
     float32, and what backward needs of every token (of one layer alone with gradient checkpointing)."""
     config, parameters = model.config, sum(p.numel() for p in model.parameters())
     tokens, size = args.per_device_train_batch_size * S, torch.finfo(dtype).bits // 8
-    layer = tokens * (9 * config.hidden_size + 2 * config.intermediate_size) * size
+    layer = tokens * (20 * config.hidden_size + 2 * config.intermediate_size) * size
     stored = layer + config.num_hidden_layers * tokens * config.hidden_size * 4 if args.gradient_checkpointing else \
         config.num_hidden_layers * layer
     say(f"model: {parameters:,} parameters, {tokens * args.gradient_accumulation_steps * world_size():,} tokens a step, "

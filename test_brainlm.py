@@ -596,12 +596,18 @@ def test_losses_are_numpys_on_hidden_tokens_alone():
 # Head and checkpoints
 
 
-def test_the_regressor_predicts_in_the_targets_units():
+def test_the_regressor_reads_standardised_cls_mean_and_spread_and_predicts_in_the_targets_units():
     model, (signal, xyz) = stir(BrainLMRegressor(tiny_config(), target_mean=63.0, target_std=7.5)), tiny_input(B=3)
-    cls = model.backbone(signal, xyz)[1][:, 0]
+    model.feature_mean.normal_()
+    model.feature_std.uniform_(0.5, 2)
+    hidden = model.backbone(signal, xyz)[1]
+    tokens = hidden[:, 1:].detach().numpy()
+    features = torch.cat([hidden[:, 0], torch.tensor(tokens.mean(1)), torch.tensor(tokens.std(1, ddof=1))], dim=1)
+    torch.testing.assert_close(model.features(signal, xyz), features)
     years = model(signal, xyz)
     assert years.shape == (3,)
-    torch.testing.assert_close(years, 63.0 + 7.5 * model.mlp(cls)[:, 0])
+    standard = (features - model.feature_mean) / model.feature_std
+    torch.testing.assert_close(years, 63.0 + 7.5 * model.mlp(standard)[:, 0])
     assert sum(isinstance(module, torch.nn.Linear) for module in model.mlp) == 3
 
 
