@@ -635,7 +635,7 @@ class BrainLMRegressor(nn.Module):
     def features(self, signal, xyz):
         """CLS, mean and standard deviation over the parcel tokens, side by side: [B, T, V] -> float32 [B, 3 * H]."""
         hidden = self.backbone(signal, xyz)[1].float()                               # [B, S, H]
-        return torch.cat([hidden[:, 0], hidden[:, 1:].mean(dim=1), hidden[:, 1:].std(dim=1)], dim=1)
+        return torch.cat([hidden[:, 0], hidden[:, 1:].mean(dim=1), hidden[:, 1:].std(dim=1, correction=0)], dim=1)
 
     def forward(self, signal, xyz):
         features = (self.features(signal, xyz) - self.feature_mean) / self.feature_std
@@ -1565,7 +1565,7 @@ def command_line():
         flag("--gradient_accumulation_steps", type=count, default=1, help="batches that make one step")
 
         flag = command.add_argument_group("training").add_argument
-        flag("--num_train_epochs", type=positive, default=3.0, help="one window of each recording is an epoch")
+        flag("--num_train_epochs", type=positive, default=3.0 if run is pretrain else 2.0, help="one window of each recording is an epoch")
         flag("--max_steps", type=count, help="steps of training, instead of epochs")
         flag("--learning_rate", type=positive, default=2e-3 if run is pretrain else 3e-4, help="after warm-up; cosine decay")
         flag("--weight_decay", type=number(float, 0), default=0.1, help="of matrices")

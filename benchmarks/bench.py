@@ -62,6 +62,8 @@ def memory(device):
 def training_step(method, V, N, dtype, device, compiled, hidden_size=256, layers=4, heads=8, seconds=10.0):
     """Median seconds of a training step (forward, loss, backward, AdamW), its memory above the import, its arithmetic."""
     device, dtype = torch.device(device), getattr(torch, dtype)
+    if device.type == "cpu":
+        brainlm.keep_freed_memory()                     # as the commands do, for all methods alike
     at_import = memory(device)
     torch.manual_seed(0)
     config = brainlm.BrainLMConfig(num_timepoints_per_voxel=N * PATCH, hidden_size=hidden_size, num_hidden_layers=layers,
