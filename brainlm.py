@@ -376,30 +376,46 @@ def blocks(S, V):
 
 
 class CPUAttention(torch.autograd.Function):
-    """The same in bfloat16 on CPUs, where torch's own kernel is slower than in float32: plain matrix products, which
-    their bfloat16 units do at several times the speed. q (scaled), k, v [B * heads, S, D]. Probabilities are computed
-    again in backward, so that no more than one block's are ever stored."""
+    """The same in bfloat16 on CPUs, where torch's own kernel leaves their bfloat16 units idle: plain matrix products over one
+    block and one head a thread. q (scaled), k, v [B * heads, S, D].
+
+    What is added to scores goes into their product as one more column of q and k: it is added in float32, before scores
+    are rounded. So rounding never sees large scores, only their distance from the row's largest. Backward computes
+    weights again instead of storing S x S of them, transposed, since two of three products need them so.
+    """
+
+    @staticmethod
+    def tiles(num_heads, S, V):
+        return [(slice(head, head + torch.get_num_threads()), rows, past)
+                for head in range(0, num_heads, torch.get_num_threads()) for rows, past in blocks(S, V)]
 
     @staticmethod
     def forward(ctx, q, k, v, V):
-        out = torch.empty_like(v)
-        for rows, past in blocks(q.shape[1], V):
-            out[:, rows] = (q[:, rows] @ k[:, past].transpose(1, 2)).softmax(dim=2) @ v[:, past]
-        ctx.save_for_backward(q, k, v, out)
+        q1, k1 = F.pad(q, (0, 1)), F.pad(k, (0, 1), value=1.0)
+        out, total = torch.empty_like(v), torch.empty_like(q[:, :, :1])
+        for heads, rows, past in CPUAttention.tiles(*q.shape[:2], V):
+            q1[heads, rows, -1:] = -(q[heads, rows] @ k[heads, past].mT).amax(dim=2, keepdim=True)
+            weights = (q1[heads, rows] @ k1[heads, past].mT).exp_()                  # [heads, rows, past], at most 1
+            total[heads, rows] = weights.sum(dim=2, keepdim=True)
+            out[heads, rows] = weights @ v[heads, past]
+        out /= total
+        ctx.save_for_backward(q1, k1, v, out, total)
         ctx.V = V
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, out = ctx.saved_tensors
+        q1, k1, v, out, total = ctx.saved_tensors
+        q, k, grad = q1[:, :, :-1].contiguous(), k1[:, :, :-1].contiguous(), grad / total
+        grad1 = torch.cat([grad, -(grad * out).sum(dim=2, keepdim=True)], dim=2)     # minus the mean over what a row read
+        v1 = F.pad(v, (0, 1), value=1.0)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        mean = (grad * out).sum(dim=2, keepdim=True)    # of the gradient over what a row read
-        for rows, past in blocks(q.shape[1], ctx.V):
-            probability = (q[:, rows] @ k[:, past].transpose(1, 2)).softmax(dim=2)
-            dv[:, past].baddbmm_(probability.transpose(1, 2), grad[:, rows])
-            dscore = (grad[:, rows] @ v[:, past].transpose(1, 2)).sub_(mean[:, rows]).mul_(probability)
-            dq[:, rows] = dscore @ k[:, past]
-            dk[:, past].baddbmm_(dscore.transpose(1, 2), q[:, rows])
+        for heads, rows, past in CPUAttention.tiles(*q.shape[:2], ctx.V):
+            weights = (k1[heads, past] @ q1[heads, rows].mT).exp_()                  # [heads, past, rows]
+            dv[heads, past] += weights @ grad[heads, rows]
+            dscores = weights.mul_(v1[heads, past] @ grad1[heads, rows].mT)
+            dk[heads, past] += dscores @ q[heads, rows]
+            dq[heads, rows] = dscores.mT @ k[heads, past]
         return dq, dk, dv, None
 
 

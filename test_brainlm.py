@@ -366,6 +366,20 @@ def test_bfloat16_attention_on_cpus_is_masked_attention(N, V):
     torch.testing.assert_close(rounded.double(), results[1][0], rtol=0.05, atol=0.05)
 
 
+def test_bfloat16_attention_does_not_round_large_scores():
+    """Trained models have scores of 60, where bfloat16 knows only every fourth of one: weights would be wrong by a tenth."""
+    N, V = 4, 50
+    qkv = torch.randn(3, 1, 2, 1 + N * V, 32)
+    qkv[0] *= 10
+    qkv = qkv.bfloat16().requires_grad_()
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        out = (block_causal_attention if dtype == torch.bfloat16 else masked_attention)(*qkv.to(dtype), V)
+        results.append([out, *torch.autograd.grad(out.square().sum(), qkv)])
+    for rounded, exact, tolerance in zip(*results, (0.008, 0.036, 0.036, 0.008)):      # out, and gradients of q, k, v
+        assert (rounded.double() - exact.double()).norm() < tolerance * exact.double().norm()
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-11)])
 def test_the_model_on_the_fast_path_is_the_model_under_the_mask(monkeypatch, dtype, tolerance):
     model, (signal, xyz) = tiny_model(num_hidden_layers=4).to(dtype), tiny_input(V=3)
