@@ -37,6 +37,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -72,15 +73,14 @@ class BrainLMConfig:
     loss_fn: str = setting("mse", "mse or mae")
 
     def __post_init__(self):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        for name, value in asdict(self).items():
+            if self.__annotations__[name] is int and (not isinstance(value, int) or value < 1):
+                raise BadInput(f"{name} is {value!r}: it must be a whole number, at least 1")
+            if "dropout" in name and not 0 <= value < 1:
+                raise BadInput(f"{name} is {value}: it must lie in [0, 1)")
         T, P, H = self.num_timepoints_per_voxel, self.timepoint_patching_size, self.hidden_size
-        self.intermediate_size = 4 * H if self.intermediate_size is None else self.intermediate_size
-        for name in ("num_timepoints_per_voxel", "timepoint_patching_size", "hidden_size", "num_hidden_layers",
-                     "num_attention_heads", "intermediate_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise BadInput(f"{name} is {getattr(self, name)!r}: it must be a whole number, at least 1")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if not 0 <= getattr(self, name) < 1:
-                raise BadInput(f"{name} is {getattr(self, name)}: it must lie in [0, 1)")
         if T % P:
             raise BadInput(f"num_timepoints_per_voxel {T} is not divisible by timepoint_patching_size {P}: "
                            f"try {max(T // P, 1) * P}")
@@ -91,6 +91,11 @@ class BrainLMConfig:
             raise BadInput(f"mask_ratio is {self.mask_ratio}: it must lie in (0, 1]")
         if self.loss_fn not in ("mse", "mae"):
             raise BadInput(f"loss_fn is {self.loss_fn!r}: it must be mse or mae")
+
+    @classmethod
+    def from_dict(cls, values):
+        """From a config.json, which has more in it than this. Raises KeyError where a setting is missing."""
+        return cls(**{each.name: values[each.name] for each in fields(cls)})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -107,8 +112,8 @@ def read_arrow(path):
         raise BadInput(f"{folder}: no such folder (a dataset is a folder written by datasets.save_to_disk)")
     if (folder / "dataset_dict.json").exists():
         splits = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-        raise BadInput(f"{folder} holds several datasets: name one of them, e.g. {folder / splits[0] if splits else folder}"
-                       f" (there are {', '.join(splits) or 'none'})")
+        raise BadInput(f"{folder} holds several datasets, name one of them: "
+                       f"{', '.join(str(folder / split) for split in splits) or 'there is none'}")
     try:
         state = json.loads((folder / "state.json").read_text())
         files = [folder / entry["filename"] for entry in state["_data_files"]]
@@ -118,7 +123,7 @@ def read_arrow(path):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{folder / 'state.json'} is not what save_to_disk writes: {error!r}") from None
     if state.get("_indices_data_files"):
-        raise BadInput(f"{folder} was saved with an index mapping by an old `datasets`: load it there and save it again")
+        raise BadInput(f"{folder} was saved with an index mapping by an old `datasets`: load and save it again there")
     if not files:
         raise BadInput(f"{folder / 'state.json'} lists no Arrow file: the dataset is empty")
     tables = []
@@ -150,12 +155,19 @@ def read_column(table, name, path):
     return table.column(name)
 
 
+def is_list(kind):
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def is_number(kind):
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
 def read_numbers(table, name, path):
     """A column of scalars as float64 [rows]; a missing value (None) becomes NaN. BadInput if it is not numeric."""
     column = read_column(table, name, path)
-    kind = column.type
-    if not any(is_kind(kind) for is_kind in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)):
-        raise BadInput(f"{path}: column {name!r} is not numeric but {kind}")
+    if not (is_number(column.type) or pa.types.is_boolean(column.type) or pa.types.is_null(column.type)):
+        raise BadInput(f"{path}: column {name!r} is not numeric but {column.type}")
     return np.array(column.to_pylist(), dtype=np.float64)      # None becomes NaN
 
 
@@ -175,20 +187,6 @@ def read_coordinates(path):
     return torch.from_numpy(xyz), networks
 
 
-def flatten_lists(array):
-    """One level of a pyarrow list array: the offsets of its rows [rows + 1], and what they index.
-
-    Knows the three list types of Arrow; returns None for anything else.
-    """
-    array = getattr(array, "storage", array)            # Array2D is an extension type over nested lists
-    if pa.types.is_fixed_size_list(array.type):
-        size = array.type.list_size
-        return (array.offset + np.arange(len(array) + 1)) * size, array.values
-    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
-        return array.offsets.to_numpy(), array.values   # both know about slices: offsets begin where the slice does
-    return None
-
-
 class RecordingDataset:
     """The recordings of one Arrow dataset, handed out as windows without loading them.
 
@@ -205,67 +203,60 @@ class RecordingDataset:
     def __init__(self, path, recording_col, window=1, num_parcels=None, max_samples=None):
         self.path, self.recording_col = path, recording_col
         self.table = read_arrow(path)[:max_samples]
-        column = read_column(self.table, recording_col, path)
-        self.chunks, lengths, first_row = [], [], 0                 # chunk: first row, row offsets, values, base
-        for chunk in column.chunks:
-            if chunk.null_count:
-                self.refuse(f"row {first_row + np.flatnonzero(chunk.is_null())[0]} is missing")
-            rows, timepoints = flatten_lists(chunk) or (None, chunk)
-            inner, values = flatten_lists(timepoints) or (None, None)
-            if values is None or not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
-                self.refuse(f"holds {column.type}: a recording is a two-dimensional list of numbers, "
-                            "(timepoints, parcels)")
-            gaps = np.flatnonzero(timepoints[rows[0]:rows[-1]].is_null())
-            if len(gaps):
-                row = int(np.searchsorted(rows - rows[0], gaps[0], side="right")) - 1
-                self.refuse(f"row {first_row + row}, timepoint {gaps[0] - (rows[row] - rows[0])} is missing")
-            widths = np.diff(inner[rows[0]:rows[-1] + 1])           # parcels at every timepoint of the chunk
-            if len(widths):
-                num_parcels = num_parcels or int(widths[0])
-                self.check_widths(widths, rows - rows[0], num_parcels, first_row)
-            # All timepoints are num_parcels wide from here on, so one base offset stands for all the inner ones.
-            self.chunks.append((first_row, rows, values, int(inner[rows[0]]) - int(rows[0]) * (num_parcels or 0)))
-            lengths.append(np.diff(rows))
-            first_row += len(chunk)
-        self.lengths = np.concatenate(lengths)
-        self.num_parcels = num_parcels
-        self.first_rows = [chunk[0] for chunk in self.chunks]
+        # Array2D is an extension type over nested lists. Flattening drops a level of offsets, and copies no number.
+        column = pa.chunked_array([getattr(chunk, "storage", chunk)
+                                   for chunk in read_column(self.table, recording_col, path).chunks])
+        if not (is_list(column.type) and is_list(column.type.value_type)
+                and is_number(column.type.value_type.value_type)):
+            self.refuse(f"holds {column.type}: a recording is a two-dimensional list of numbers, (timepoints, parcels)")
+        if column.null_count:
+            self.refuse(f"row {np.argmax(column.is_null())} is missing")
+        self.lengths = pc.list_value_length(column).to_numpy().astype(np.int64)
+        self.starts = np.cumsum(self.lengths) - self.lengths            # of each row, in timepoints of the whole column
+        timepoints = pc.list_flatten(column)
+        if timepoints.null_count:
+            row, where = self.locate(np.argmax(timepoints.is_null()))
+            self.refuse(f"{where} is missing")
+        widths = pc.list_value_length(timepoints).to_numpy()            # parcels at every timepoint
+        self.num_parcels = num_parcels or int(widths[0])
+        if (widths != self.num_parcels).any():
+            fault = np.argmax(widths != self.num_parcels)
+            row, where = self.locate(fault)
+            hint = "the recording is ragged"
+            if (widths[self.starts[row]:self.starts[row] + self.lengths[row]] == widths[fault]).all():
+                hint = "do the recordings and the coordinates come from the same atlas?"
+                if self.lengths[row] == self.num_parcels:
+                    hint = "transposed? a recording is (timepoints, parcels)"
+            self.refuse(f"{where} has {widths[fault]} parcels, expected {self.num_parcels}: {hint}")
         if self.lengths.min() < window:
-            row = int(np.argmax(self.lengths < window))
+            row = np.argmax(self.lengths < window)
             self.refuse(f"row {row} has {self.lengths[row]} timepoints, fewer than the window of {window}: leave it "
                         "out or lower --num_timepoints_per_voxel")
+        self.values = pc.list_flatten(timepoints)                       # every number of the column, in one row
 
     def refuse(self, fault):
         raise BadInput(f"{self.path}: column {self.recording_col!r}: {fault}")
 
-    def check_widths(self, widths, rows, num_parcels, first_row):
-        faults = np.flatnonzero(widths != num_parcels)
-        if len(faults):
-            row = int(np.searchsorted(rows, faults[0], side="right")) - 1
-            length, width = rows[row + 1] - rows[row], widths[faults[0]]
-            where = f"row {first_row + row}, timepoint {faults[0] - rows[row]}"
-            if (widths[rows[row]:rows[row + 1]] == width).all():
-                hint = "transposed? a recording is (timepoints, parcels)" if length == num_parcels else \
-                       "do the recordings and the coordinates come from the same atlas?"
-                self.refuse(f"{where} has {width} parcels, expected {num_parcels}: {hint}")
-            self.refuse(f"{where} has {width} parcels, expected {num_parcels}: the recording is ragged")
+    def locate(self, timepoint):
+        """The row that a timepoint of the whole column is in, and both in words."""
+        row = int(np.searchsorted(self.starts, timepoint, side="right")) - 1
+        return row, f"row {row}, timepoint {timepoint - self.starts[row]}"
 
     def __len__(self):
         return len(self.lengths)
 
     def window(self, row, start=0, num_timepoints=None, stride=1):
-        """num_timepoints of one recording (None: to its end), every stride-th one from timepoint start on, as numpy [T, V]
-        in the dataset's own dtype: a view of the file, not a copy, where no value is missing. Raises BadInput at NaN and
-        infinity."""
-        first_row, rows, values, base = self.chunks[np.searchsorted(self.first_rows, row, side="right") - 1]
+        """num_timepoints of one recording (None: to its end), every stride-th from timepoint start on, as numpy [T, V]
+        in the dataset's own dtype: a view of the file, not a copy. Raises BadInput at missing values, NaN, infinity."""
         T, V = stride * num_timepoints if num_timepoints else int(self.lengths[row]) - start, self.num_parcels
-        begin = base + (int(rows[row - first_row]) + start) * V
-        signal = values.slice(begin, T * V).to_numpy(zero_copy_only=False).reshape(T, V)
+        values = self.values.slice((int(self.starts[row]) + start) * V, T * V)       # of one chunk, as all rows are
+        signal = values.chunk(0).to_numpy(zero_copy_only=False).reshape(T, V)
         with np.errstate(over="ignore"):                # what is too large for float32 is infinite for the model
             finite = np.isfinite(signal.astype(np.float32, copy=False))
         if not finite.all():
             t, v = np.argwhere(~finite)[0]
-            self.refuse(f"row {row}, timepoint {start + t}, parcel {v} is {signal[t, v]}: repair it or leave the row out")
+            self.refuse(f"row {row}, timepoint {start + t}, parcel {v} is {signal[t, v]}: "
+                        "repair it or leave the row out")
         return signal[::stride]
 
     def batch(self, windows, num_timepoints):
@@ -281,9 +272,9 @@ class RecordingDataset:
                 for start in sorted({*range(0, last, stride), last})]
 
     def training_window(self, n, rows, num_timepoints, seed, stride_prob=0.0):
-        """(row, start, stride) of the n-th training sample: the rows in a new random order each epoch, a random window of
-        each; with probability stride_prob of every 2nd or 3rd timepoint, where the recording is long enough, as if it had
-        been scanned more slowly. A function of seed and n, so that a resumed or distributed run sees the same samples."""
+        """(row, start, stride) of the n-th training sample: the rows in a new random order each epoch, a random window
+        of each; with probability stride_prob of every 2nd or 3rd timepoint, where the recording is long enough, as if
+        scanned more slowly. A function of seed and n: resumed and distributed runs see the same samples."""
         epoch, i = divmod(n, len(rows))
         row = int(rows[epoch_order(len(rows), epoch, seed)[i]])
         rng = np.random.default_rng([seed, epoch, i])
@@ -365,23 +356,24 @@ def block_causal_attention(q, k, v, V, dropout=0.0):
     nearly half of the S x S products is never computed.
     """
     if q.device.type == "cpu" and v.dtype == torch.bfloat16 and not dropout:
-        return CPUAttention.apply(*(each.to(v.dtype).flatten(0, 1) for each in (q * q.shape[3] ** -0.5, k, v)), V).view(q.shape)
+        heads = (each.to(v.dtype).flatten(0, 1) for each in (q / math.sqrt(q.shape[3]), k, v))
+        return CPUAttention.apply(*heads, V).view(q.shape)
     return torch.cat([F.scaled_dot_product_attention(q[:, :, rows], k[:, :, past], v[:, :, past], dropout_p=dropout)
                       for rows, past in blocks(q.shape[2], V)], dim=2)
 
 
 def blocks(S, V):
-    """Slices of the sequence, (rows, what they read): CLS everything, each block itself and the blocks before it."""
+    """Slices of the sequence, (rows, past that they read): CLS all, each block itself and the blocks before it."""
     return [(slice(0, 1), slice(0, S))] + [(slice(start, start + V), slice(1, start + V)) for start in range(1, S, V)]
 
 
 class CPUAttention(torch.autograd.Function):
-    """The same in bfloat16 on CPUs, where torch's own kernel leaves their bfloat16 units idle: plain matrix products over one
-    block and one head a thread. q (scaled), k, v [B * heads, S, D].
+    """The same in bfloat16 on CPUs, where torch's own kernel leaves their bfloat16 units idle: plain matrix products,
+    one block of one head a thread. q (scaled), k, v [B * heads, S, D].
 
-    What is added to scores goes into their product as one more column of q and k: it is added in float32, before scores
-    are rounded. So rounding never sees large scores, only their distance from the row's largest. Backward computes
-    weights again instead of storing S x S of them, transposed, since two of three products need them so.
+    Rows' largest scores are taken off before scores are rounded, where bfloat16 would cost large ones a tenth of their
+    weight: as one more column of q, beside ones in k, they are part of the product, which sums in float32. Backward
+    computes the weights again instead of storing S x S of them; transposed, as two of its three products need them.
     """
 
     @staticmethod
@@ -407,8 +399,8 @@ class CPUAttention(torch.autograd.Function):
     def backward(ctx, grad):
         q1, k1, v, out, total = ctx.saved_tensors
         q, k, grad = q1[:, :, :-1].contiguous(), k1[:, :, :-1].contiguous(), grad / total
-        grad1 = torch.cat([grad, -(grad * out).sum(dim=2, keepdim=True)], dim=2)     # minus the mean over what a row read
-        v1 = F.pad(v, (0, 1), value=1.0)
+        # Softmax takes from each score's gradient their mean over the row: one more column again.
+        grad1, v1 = torch.cat([grad, -(grad * out).sum(dim=2, keepdim=True)], dim=2), F.pad(v, (0, 1), value=1.0)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for heads, rows, past in CPUAttention.tiles(*q.shape[:2], ctx.V):
             weights = (k1[heads, past] @ q1[heads, rows].mT).exp_()                  # [heads, past, rows]
@@ -433,18 +425,19 @@ class Layer(nn.Module):
         self.dropout, self.attention_dropout = config.hidden_dropout_prob, config.attention_probs_dropout_prob
         self.attention_norm = nn.LayerNorm(H)
         self.qkv = nn.Linear(H, 3 * H)
-        self.position = nn.Linear(2 * H, 2 * H, bias=False)
+        self.position_qk = nn.Linear(2 * H, 2 * H, bias=False)
         self.out = nn.Linear(H, H)
         self.mlp_norm = nn.LayerNorm(H)
         self.up = nn.Linear(H, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, H)
 
     def queries_keys_values(self, x, position):
-        """x [B, S, H], position [S, 2 * H] -> q, k, v, each [B, heads, S, D]. Where and when a token is enters queries and keys
-        once more in each layer: who reads whom should not blur as the content of the stream grows."""
+        """x [B, S, H], position [S, 2 * H] -> q, k, v, each [B, heads, S, D]. Where and when a token is enters queries
+        and keys once more in each layer: who reads whom should not blur as the content of the stream grows."""
         q, k, v = self.qkv(self.attention_norm(x)).chunk(3, dim=-1)
-        position_q, position_k = self.position(position).chunk(2, dim=-1)
-        return [each.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for each in (q + position_q, k + position_k, v)]
+        position_q, position_k = self.position_qk(position).chunk(2, dim=-1)
+        return [each.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+                for each in (q + position_q, k + position_k, v)]
 
     def forward(self, x, position, V):
         q, k, v = self.queries_keys_values(x, position)
@@ -454,7 +447,18 @@ class Layer(nn.Module):
         return x + F.dropout(mlp, self.dropout, self.training)
 
 
-class BrainLM(nn.Module):
+class Pretrained(nn.Module):
+    """A model that is saved as a run folder, and loaded from one or from the Hub (section 8)."""
+
+    def save_pretrained(self, folder):
+        save_model(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path):
+        return load_model(cls, name_or_path)
+
+
+class BrainLM(Pretrained):
     """The backbone: reconstructs a recording from what the mask leaves of it.
 
     No parameter depends on V or N: the same weights run on any atlas and any number of temporal tokens.
@@ -476,13 +480,13 @@ class BrainLM(nn.Module):
 
     @torch.no_grad()
     def start_as_smoother(self):
-        """Initialise so that the untrained model averages the visible signals of nearby parcels at the same time, a fair
-        first guess at a hidden one. Queries equal keys, so that a token reads those with a similar position; hidden tokens
-        get keys that all queries dislike. Values and outputs pass tokens on unchanged. The head undoes the patch projection,
-        which shares no direction with the other terms of a token or with the mean that LayerNorm takes away: else the
-        head would take them for signal. The MLPs start near zero."""
-        config = self.config
-        H, P, N = config.hidden_size, config.timepoint_patching_size, config.num_timepoints_per_voxel // config.timepoint_patching_size
+        """Initialise so that the untrained model averages the visible signals of nearby parcels at the same time, a
+        fair first guess at a hidden one. Queries equal keys, so that a token reads those with a similar position, and
+        hidden tokens get keys that all queries dislike. Values and outputs pass tokens on unchanged. The head undoes
+        the patch projection, which shares no direction with the other terms of a token or with the mean that LayerNorm
+        removes: else the head would take them for signal. The MLPs start near zero."""
+        H, P = self.config.hidden_size, self.config.timepoint_patching_size
+        N = self.config.num_timepoints_per_voxel // P
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -501,19 +505,19 @@ class BrainLM(nn.Module):
             nn.init.eye_(value)
             hidden_key = F.normalize((key @ self.mask_token).view(layer.num_heads, -1), dim=1).flatten()
             layer.qkv.bias.chunk(3)[0].copy_(-4 * hidden_key)
-            query, key = layer.position.weight.chunk(2)                                     # of where, when [H, 2 * H]
+            query, key = layer.position_qk.weight.chunk(2)                                  # of where, when [H, 2 * H]
             nn.init.orthogonal_(query[:, :H])
             nn.init.orthogonal_(query[:, H:])
             key.copy_(query.mul_(2))
             nn.init.eye_(layer.out.weight).div_(len(self.layers))
             nn.init.normal_(layer.down.weight, std=0.002)
 
-    def position(self, xyz, N):
-        """Where each parcel is, [V, H], when each temporal token is, [N, H], and both, side by side, for each token of the
-        sequence, [S, 2 * H], zero for CLS."""
+    def positions(self, xyz, N):
+        """Where each parcel is, [V, H], when each temporal token is, [N, H], and both, side by side, for each token of
+        the sequence, [S, 2 * H], zero for CLS."""
         where, when = self.spatial_encoding(xyz), temporal_encoding(N, self.config.hidden_size, xyz.device)
-        both = torch.cat([where.expand(N, *where.shape), when[:, None].expand(N, *where.shape)], dim=2)
-        return where, when, F.pad(both.flatten(0, 1), (0, 0, 1, 0))
+        both = torch.cat([where.repeat(N, 1), when.repeat_interleave(len(xyz), dim=0)], dim=1)
+        return where, when, F.pad(both, (0, 0, 1, 0))
 
     def tokens(self, signal, xyz, mask=None):
         """signal [B, T, V], xyz [V, 3] in mm, mask bool [B, N, V] or None -> the sequence [B, S, H] and the tokens'
@@ -521,12 +525,12 @@ class BrainLM(nn.Module):
         B, T, V = signal.shape
         P = self.config.timepoint_patching_size
         if T % P or V != len(xyz):
-            raise BadInput(f"signal has {T} timepoints and {V} parcels: the first must be a multiple of {P}, the second "
-                           f"equal the {len(xyz)} coordinates")
+            raise BadInput(f"signal has {T} timepoints and {V} parcels: the first must be a multiple of {P}, the "
+                           f"second equal the {len(xyz)} coordinates")
         content = self.patch_projection(patchify(signal, P))                         # [B, N, V, H]
         if mask is not None:
             content = torch.where(mask[..., None], self.mask_token.to(content.dtype), content)
-        where, when, position = self.position(xyz, T // P)
+        where, when, position = self.positions(xyz, T // P)
         tokens = content + where + when[:, None]
         return torch.cat([self.cls_token.expand(B, 1, -1), tokens.flatten(1, 2)], dim=1), position
 
@@ -584,13 +588,6 @@ class BrainLM(nn.Module):
         scores = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).masked_fill(~mask, -math.inf)
         return scores.softmax(dim=-1)
 
-    def save_pretrained(self, folder):
-        save_model(self, folder)
-
-    @classmethod
-    def from_pretrained(cls, name_or_path):
-        return load_model(cls, name_or_path)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Masking and loss
@@ -619,7 +616,7 @@ def repeated_forward_mask(B, N, V, generator=None):
 
 
 def reconstruction_loss(prediction, signal, mask, loss_fn="mse"):
-    """Mean squared ("mse") or absolute ("mae") error over hidden tokens. prediction, signal [B, T, V], mask [B, N, V]."""
+    """Mean squared or absolute error over hidden tokens. prediction, signal [B, T, V], mask [B, N, V]."""
     P = signal.shape[1] // mask.shape[1]
     error = (prediction - signal)[mask.repeat_interleave(P, dim=1)]
     return error.square().mean() if loss_fn == "mse" else error.abs().mean()
@@ -629,12 +626,12 @@ def reconstruction_loss(prediction, signal, mask, loss_fn="mse"):
 # 7. Head
 
 
-class BrainLMRegressor(nn.Module):
+class BrainLMRegressor(Pretrained):
     """Backbone and a 3-layer MLP: signal [B, T, V] -> [B], in the target's own units (years, points, ...).
 
     The MLP reads CLS beside the mean and the spread of all parcel tokens: reconstruction trains these and not CLS, and
-    few recordings are enough to use them. Features and target are standardised by the training data's means and standard
-    deviations, which are part of the model: what tells people apart is a few percent of a feature.
+    few recordings are enough to use them. Features and target are standardised by the training data's means and
+    standard deviations, which are part of the model: what tells people apart is a few percent of a feature.
     """
 
     def __init__(self, config, target_mean=0.0, target_std=1.0):
@@ -656,14 +653,6 @@ class BrainLMRegressor(nn.Module):
     def forward(self, signal, xyz):
         features = (self.features(signal, xyz) - self.feature_mean) / self.feature_std
         return self.mlp(features).squeeze(1).float() * self.target_std + self.target_mean
-
-    def save_pretrained(self, folder):
-        save_model(self, folder)
-
-    @classmethod
-    def from_pretrained(cls, name_or_path):
-        return load_model(cls, name_or_path)
-
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -691,7 +680,8 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as error:                        # torch.save wraps OSError into RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise BadInput(f"could not write {path} ({str(error).splitlines()[0]}): what was saved before is intact") from None
+        raise BadInput(f"could not write {path} ({str(error).splitlines()[0]}): what was saved before is "
+                       "intact") from None
 
 
 def to_json(content, indent=None):
@@ -750,8 +740,7 @@ def load_model(model_class, name_or_path):
             raise BadInput(f"{name_or_path}: no such folder here, and the Hub did not give it "
                            f"({str(error).splitlines()[0]})") from None
     try:
-        stored = json.loads((folder / "config.json").read_text())
-        config = BrainLMConfig(**{each.name: stored[each.name] for each in fields(BrainLMConfig)})
+        config = BrainLMConfig.from_dict(json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{folder / 'config.json'} is missing or is no BrainLM configuration ({error!r})") from None
     safe, plain = folder / "model.safetensors", folder / "pytorch_model.bin"
@@ -770,25 +759,26 @@ def load_model(model_class, name_or_path):
 
 def __getattr__(name):
     """The classes that the Hub looks up by name (auto_map in config.json), made on first use (PEP 562): importing
-    brainlm never imports transformers."""
-    if name.removesuffix("Config") not in ("BrainLMForPreTraining", "BrainLMForRegression"):
+    brainlm never imports transformers. Each model has a configuration class of its own, since transformers remembers
+    one model class for each configuration class."""
+    hub_model = name.removesuffix("Config")
+    if hub_model not in ("BrainLMForPreTraining", "BrainLMForRegression"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    model_class = BrainLM if hub_model == "BrainLMForPreTraining" else BrainLMRegressor
     transformers = optional("transformers")
 
-    class HubConfig(transformers.PretrainedConfig):
+    class Config(transformers.PretrainedConfig):
         model_type = "brainlm"
 
         def __init__(self, **values):
-            for key, value in asdict(BrainLMConfig()).items():
-                setattr(self, key, values.pop(key, value))
-            super().__init__(**values)
+            super().__init__(**asdict(BrainLMConfig()) | values)
 
-    class HubModel(transformers.PreTrainedModel):
-        base_model_prefix = "model"
+    class Model(transformers.PreTrainedModel):
+        config_class, base_model_prefix = Config, "model"
 
         def __init__(self, config):
             super().__init__(config)
-            self.model = self.model_class(BrainLMConfig(**{f.name: getattr(config, f.name) for f in fields(BrainLMConfig)}))
+            self.model = model_class(BrainLMConfig.from_dict(config.to_dict()))
             self.post_init()
 
         def _init_weights(self, module):
@@ -797,22 +787,18 @@ def __getattr__(name):
         def forward(self, *inputs, **named):
             return self.model(*inputs, **named)
 
-    made = {}
-    for class_name, model_class in (("BrainLMForPreTraining", BrainLM), ("BrainLMForRegression", BrainLMRegressor)):
-        # A configuration class for each: transformers remembers one model class for each configuration class.
-        config_class = made[f"{class_name}Config"] = type(f"{class_name}Config", (HubConfig,), {"__module__": __name__})
-        made[class_name] = type(class_name, (HubModel,), {
-            "model_class": model_class, "config_class": config_class, "__module__": __name__})
-    globals().update(made)
-    return made[name]
+    for made, made_name in ((Config, f"{hub_model}Config"), (Model, hub_model)):
+        made.__module__, made.__name__, made.__qualname__ = __name__, made_name, made_name
+        globals()[made_name] = made
+    return globals()[name]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. Evaluation: models and baselines are functions (signal, mask) -> prediction, scored on the same hidden tokens
 
-RIDGES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)   # times the mean variance; baselines get the best one on the evaluated windows
-HORIZONS = (1, 2, 3, 5, 10, 20)                    # timepoints ahead
-MAX_BASELINE_ROWS = 500                            # training recordings that the baselines are fitted to, at most
+RIDGES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)    # times the mean variance; the best on the evaluated windows counts
+HORIZONS = (1, 2, 3, 5, 10, 20)                     # timepoints ahead
+MAX_BASELINE_ROWS = 500                             # training recordings that the baselines are fitted to, at most
 
 
 def error_sums(prediction, target, mask):
@@ -829,7 +815,12 @@ def scores(sums):
     """R2 = 1 - SSE / SST (never clipped), MSE and MAE from one column of error_sums, or from its sum over columns."""
     count, target, target_square, square, absolute = sums.tolist()
     variation = target_square - target ** 2 / count
-    return {"R2": 1 - square / variation if variation > 0 else -math.inf, "MSE": square / count, "MAE": absolute / count}
+    R2 = 1 - square / variation if variation > 0 else -math.inf
+    return {"R2": R2, "MSE": square / count, "MAE": absolute / count}
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def model_predictor(model, xyz, device, dtype=torch.float32):
@@ -837,7 +828,7 @@ def model_predictor(model, xyz, device, dtype=torch.float32):
     @torch.no_grad()
     def predict(signal, mask):
         model.eval()
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             return model(signal.to(device), xyz.to(device), mask.to(device))[0].float().cpu()
     return predict
 
@@ -879,56 +870,62 @@ def gaussian_conditional(dataset):
             for patches, hidden in zip(prediction.reshape(-1, V, prediction.shape[3]), mask.flatten(0, 1).numpy()):
                 visible = ~hidden
                 gram = covariance[np.ix_(visible, visible)] + penalty * np.eye(visible.sum())
-                deviation = patches[visible] - mean[visible, None]
-                patches[hidden] = mean[hidden, None] + covariance[np.ix_(hidden, visible)] @ np.linalg.solve(gram, deviation)
+                weights = np.linalg.solve(gram, patches[visible] - mean[visible, None])
+                patches[hidden] = mean[hidden, None] + covariance[np.ix_(hidden, visible)] @ weights
             return unpatchify(torch.from_numpy(prediction))
         return predict
     return {("Gaussian conditional mean", ridge): predictor(ridge) for ridge in RIDGES}
 
 
-def solve_ridge(gram, moment, ridge):
-    return np.linalg.solve(gram + ridge * np.trace(gram) / len(gram) * np.eye(len(gram)), moment)
+def ridge_regression(pairs):
+    """Sums over pairs (inputs [n, a], outputs [n, b]), one for each recording. Returns a function: ridge -> the weights
+    [a, b] and the intercept [b]."""
+    gram, moment = 0.0, 0.0
+    for inputs, outputs in pairs:
+        inputs = np.column_stack([inputs, np.ones(len(inputs))])
+        gram, moment = gram + inputs.T @ inputs, moment + inputs.T @ outputs
+
+    def solve(ridge):
+        weights = np.linalg.solve(gram + ridge * np.trace(gram) / len(gram) * np.eye(len(gram)), moment)
+        return weights[:-1], weights[-1]
+    return solve
 
 
 def forecasting_baselines(dataset, P):
     """The opponents in forecasting P timepoints: {(name, ridge): predictor}. Persistence repeats the last value; ridge
     autoregression maps a parcel's own last P timepoints to its next P, one map for all parcels; vector
     autoregression maps the last two timepoints of all parcels to the next one, and is iterated."""
-    V, rows = dataset.num_parcels, range(min(len(dataset), MAX_BASELINE_ROWS))
-    own_gram, own_moment = np.zeros((P + 1, P + 1)), np.zeros((P + 1, P))
-    all_gram, all_moment = np.zeros((2 * V + 1, 2 * V + 1)), np.zeros((2 * V + 1, V))
-    for row in rows:
-        signal = dataset.window(row).astype(np.float64)
-        if len(signal) >= 2 * P:
-            runs = np.lib.stride_tricks.sliding_window_view(signal, 2 * P, axis=0).reshape(-1, 2 * P)
-            past = np.column_stack([runs[:, :P], np.ones(len(runs))])
-            own_gram += past.T @ past
-            own_moment += past.T @ runs[:, P:]
-        lags = np.column_stack([signal[1:-1], signal[:-2], np.ones(len(signal) - 2)])
-        all_gram += lags.T @ lags
-        all_moment += lags.T @ signal[2:]
+    def recordings():
+        return (dataset.window(row).astype(np.float64) for row in range(min(len(dataset), MAX_BASELINE_ROWS)))
+    sliding = np.lib.stride_tricks.sliding_window_view
+    runs = (sliding(signal, 2 * P, axis=0).reshape(-1, 2 * P) for signal in recordings())
+    own = ridge_regression((run[:, :P], run[:, P:]) for run in runs)
+    everyone = ridge_regression((np.hstack([signal[1:-1], signal[:-2]]), signal[2:]) for signal in recordings())
 
-    def predictor(continue_):
-        def predict(signal, mask):
-            past = signal[:, :-P].numpy()
-            return torch.cat([signal[:, :-P], torch.from_numpy(continue_(past).astype(np.float32))], dim=1)
-        return predict
+    def persistence(past):
+        return past[:, -1:].repeat(P, axis=1)
 
     def autoregression(ridge):
-        weights = solve_ridge(own_gram, own_moment, ridge)
-        return lambda past: np.moveaxis(np.moveaxis(past[:, -P:], 1, 2) @ weights[:-1] + weights[-1], 2, 1)
+        weights, intercept = own(ridge)
+        return lambda past: (past[:, -P:].swapaxes(1, 2) @ weights + intercept).swapaxes(1, 2)
 
     def vector_autoregression(ridge):
-        weights = solve_ridge(all_gram, all_moment, ridge)
+        weights, intercept = everyone(ridge)
 
-        def continue_(past):
+        def iterate(past):
             before, last, future = past[:, -2], past[:, -1], []
             for _ in range(P):
-                before, last = last, last @ weights[:V] + before @ weights[V:-1] + weights[-1]
+                before, last = last, np.hstack([last, before]) @ weights + intercept
                 future.append(last)
             return np.stack(future, axis=1)
-        return continue_
-    return {("persistence", 0): predictor(lambda past: past[:, -1:].repeat(P, axis=1))} | {
+        return iterate
+
+    def predictor(future):
+        def predict(signal, mask):
+            past = signal[:, :-P]
+            return torch.cat([past, torch.from_numpy(future(past.numpy()).astype(np.float32))], dim=1)
+        return predict
+    return {("persistence", 0): predictor(persistence)} | {
         (name, ridge): predictor(method(ridge)) for ridge in RIDGES for name, method in
         [("ridge autoregression", autoregression), ("2-lag vector autoregression", vector_autoregression)]}
 
@@ -945,15 +942,15 @@ def evaluate_reconstruction(model, xyz, device, dtype, train_set, val_set, windo
     for title, forward, fit in tasks:
         predictors = {("BrainLM", 0): model_predictor(model, xyz, device, dtype), **fit(train_set)}
         sums = score_reconstruction(predictors, val_set, windows, config, forward)
-        table = tables[title] = {}
+        table = tables[title] = {"BrainLM": {}}                      # the first line
         for (name, ridge), each in sorted(sums.items(), key=lambda item: scores(item[1].sum(dim=1))["R2"]):
-            table[name] = scores(each.sum(dim=1)) | ({f"R2 at {h}": scores(each[:, h - 1])["R2"] for h in HORIZONS
-                                                      if h <= P} if forward else {}) | ({"ridge": ridge} if ridge else {})
-    return {title: dict(sorted(table.items(), key=lambda item: item[0] != "BrainLM")) for title, table in tables.items()}
+            by_horizon = {f"R2 at {h}": scores(each[:, h - 1])["R2"] for h in HORIZONS if forward and h <= P}
+            table[name] = scores(each.sum(dim=1)) | by_horizon | ({"ridge": ridge} if ridge else {})
+    return tables
 
 
 def knn_accuracy(distance, labels, k=5):
-    """Share of the V items, distance [V, V], whose label is the commonest among their k nearest others (ties: nearest)."""
+    """Share of V items, distance [V, V], whose label is the commonest among their k nearest others (ties: nearest)."""
     distance = distance + np.diag(np.full(len(distance), np.inf))
     right = 0
     for row, label in zip(distance, labels):
@@ -978,7 +975,7 @@ def evaluate_networks(model, xyz, device, dataset, windows, networks):
 
 
 def correlation(signal):
-    """Correlation of columns: [T, V] -> [V, V], of a recording its functional connectivity; a constant parcel correlates with nothing."""
+    """Correlation of columns, [T, V] -> [V, V], 0 for constant ones: a recording's functional connectivity."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.nan_to_num(np.atleast_2d(np.corrcoef(signal, rowvar=False)))
 
@@ -1002,20 +999,28 @@ def connectivity_ridge(train_set, train_rows, train_target, val_set, val_rows):
     center, mean = train.mean(axis=0), train_target.mean()
     train, val, target = train - center, val - center, train_target - mean
     values, vectors = np.linalg.eigh(train @ train.T)          # dual form: many more connections than recordings
-    best = (np.inf, None)
+    least, best = np.inf, None
     for ridge in np.logspace(-3, 3, 25) * max(values.mean(), 1e-12):
         inverse = vectors / (values + ridge) @ vectors.T
         weights = inverse @ target
-        best = min(best, (np.square(weights / np.diag(inverse)).mean(), ridge, tuple(weights)), key=lambda each: each[0])
-    return mean + val @ train.T @ np.array(best[2])
+        error = np.square(weights / np.diag(inverse)).mean()   # of each recording, predicted from the others
+        if best is None or error < least:
+            least, best = error, weights
+    return mean + val @ train.T @ best
 
 
-def print_tables(tables):
+def markdown(tables):
+    """The tables as lines of Markdown, for the terminal and for the model card."""
+    lines = []
     for title, table in tables.items():
         columns = list(dict.fromkeys(column for row in table.values() for column in row))
-        say(f"\n{title:<58}" + "".join(f"{column:>10}" for column in columns))
+        width = max(map(len, [title, *table]))
+        lines += ["", f"| {title:<{width}} |" + "".join(f"{column:>9} |" for column in columns),
+                  f"| {'-' * width} |" + " -------: |" * len(columns)]
         for name, row in table.items():
-            say(f"  {name:<56}" + "".join(f"{row[column]:>10.4g}" if column in row else " " * 10 for column in columns))
+            numbers = (f"{row[column]:.4g}" if column in row else "" for column in columns)
+            lines.append(f"| {name:<{width}} |" + "".join(f"{number:>9} |" for number in numbers))
+    return "\n".join(lines)
 
 
 def plot_evaluation(path, model, xyz, device, dataset, windows, tables):
@@ -1027,16 +1032,17 @@ def plot_evaluation(path, model, xyz, device, dataset, windows, tables):
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.5), width_ratios=[2, 1, 1], layout="constrained")
     for axis, mask, title in ((left, random_mask(1, T // P, V, config.mask_ratio, torch.Generator().manual_seed(0)),
                                "hidden patches, reconstructed"), (middle, forward_mask(1, T // P, V), "forecast")):
-        first = max(0, T - 3 * P) if axis is middle else 0
-        prediction = torch.where(mask.repeat_interleave(P, dim=1), predict(signal, mask), math.nan)[0]
+        shown = np.arange(max(0, T - 3 * P) if axis is middle else 0, T)
+        prediction = torch.where(mask.repeat_interleave(P, dim=1), predict(signal, mask), math.nan)
         for i, parcel in enumerate(range(0, V, max(1, V // 3))[:3]):
-            axis.plot(range(first, T), signal[0, first:, parcel] - 4 * i, color="0.6", label="truth" if i == 0 else None)
-            axis.plot(range(first, T), prediction[first:, parcel] - 4 * i, color="C3", label="BrainLM" if i == 0 else None)
+            for name, curve, color in (("truth", signal, "0.6"), ("BrainLM", prediction, "C3")):
+                axis.plot(shown, curve[0, shown, parcel] - 4 * i, color=color, label=None if i else name)
         axis.set(title=title, xlabel="timepoint", ylabel="BOLD, three parcels", yticks=[])
         axis.legend(loc="upper right")
     for name, row in (item for table in tables.values() for item in table.items() if "R2 at 1" in item[1]):
         steps = [h for h in HORIZONS if f"R2 at {h}" in row]
-        right.plot(steps, [row[f"R2 at {h}"] for h in steps], "o-", label=name, color="C3" if name == "BrainLM" else None)
+        color = "C3" if name == "BrainLM" else None
+        right.plot(steps, [row[f"R2 at {h}"] for h in steps], "o-", label=name, color=color)
     right.set(title="forecast R2", xlabel="timepoints ahead", ylim=(-0.5, 1))
     right.axhline(0, color="0.8", zorder=0)
     if right.lines[1:]:
@@ -1084,13 +1090,14 @@ def pick_device(args):
         dist.init_process_group("nccl" if name == "cuda" else "gloo")
     if name == "cpu":
         keep_freed_memory()
-    bfloat16 = args.dtype == "bfloat16" or args.dtype == "auto" and (name == "cuda" or name == "cpu" and fast_bfloat16())
-    return device, torch.bfloat16 if bfloat16 else torch.float32
+    if args.dtype != "auto":
+        return device, getattr(torch, args.dtype)
+    return device, torch.bfloat16 if name == "cuda" or name == "cpu" and fast_bfloat16() else torch.float32
 
 
 def keep_freed_memory():
-    """glibc returns the pages of large tensors to the system at once and faults them in again a moment later, which costs
-    a quarter of a training step: tell it to keep them."""
+    """glibc returns the pages of large tensors to the system at once and faults them in again a moment later, which
+    costs a quarter of a training step: tell it to keep them."""
     with contextlib.suppress(OSError, AttributeError):  # another system, another libc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 28)):    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
@@ -1106,10 +1113,10 @@ def fast_bfloat16():
     return seconds[0] > 1.5 * seconds[1]
 
 
-def random_seed(*numbers):
-    """One 63-bit seed from several numbers. All randomness of training is a function of (seed, step or sample), not of
+def seeded(*numbers):
+    """A random generator for these numbers. All randomness of training is a function of (seed, step or sample), not of
     a stream that is consumed: a resumed run needs no random state, and any number of processes draws the same."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 
 class RunFolder:
@@ -1154,8 +1161,9 @@ class RunFolder:
     def check(self, args, config):
         """Refuse to go on with a folder that holds another kind of run or another model."""
         try:
-            old_args = json.loads((self.path / "args.json").read_text())
-            old_config = json.loads((self.path / "config.json").read_text()) if (self.path / "config.json").exists() else {}
+            old_args, old_config = json.loads((self.path / "args.json").read_text()), {}
+            if (self.path / "config.json").exists():
+                old_config = json.loads((self.path / "config.json").read_text())
         except (OSError, ValueError) as error:
             raise BadInput(f"{self.path} holds something that is no run ({error}): choose another --output_dir or add "
                            "--overwrite_output_dir") from None
@@ -1165,8 +1173,8 @@ class RunFolder:
             if old_args.get(name) != getattr(args, name, None):
                 differences.append(f"{name} {old_args.get(name)} there and {getattr(args, name, None)} now")
         if differences:
-            raise BadInput(f"{self.path} holds a run with other flags ({'; '.join(differences)}): use the same flags to "
-                           "resume it, another --output_dir, or --overwrite_output_dir to start anew")
+            raise BadInput(f"{self.path} holds a run with other flags ({'; '.join(differences)}): use the same flags "
+                           "to resume it, another --output_dir, or --overwrite_output_dir to start anew")
         for name, value in vars(args).items():
             if name not in ("run", "output_dir", "overwrite_output_dir") and old_args.get(name) != value:
                 say(f"note: resuming with {name} {value}, was {old_args.get(name)}")
@@ -1192,7 +1200,7 @@ class RunFolder:
                                "is intact") from None
 
     def save(self, model, optimizers, step, loss_sum):
-        """training_state.pt first and complete, so that what resumes is always of one step; then the model for users."""
+        """First training_state.pt, complete, so that what resumes is always of one step; then the model for users."""
         if rank() == 0:
             state = {"step": step, "loss_sum": loss_sum, "model": model.state_dict(),
                      "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
@@ -1218,7 +1226,7 @@ def make_optimizers(model, learning_rate, weight_decay):
 
 @contextlib.contextmanager
 def noted_signals():
-    """Within, SIGINT and SIGTERM only add their number to the list that this yields: a step ends before the run does."""
+    """Within, SIGINT and SIGTERM only add their number to the list it yields: a step ends before the run does."""
     received = []
     before = {number: signals.signal(number, lambda number, frame: received.append(number))
               for number in (signals.SIGINT, signals.SIGTERM)}
@@ -1246,40 +1254,40 @@ def fit(args, model, folder, device, dtype, num_recordings, batch_loss, evaluate
         try:
             model.load_state_dict(folder.state["model"])
             for optimizer, state in zip(optimizers, folder.state["optimizers"], strict=True):
-                decays = [group["weight_decay"] for group in optimizer.param_groups]     # the flag's, not the old run's
-                optimizer.load_state_dict(state)
-                for group, decay in zip(optimizer.param_groups, decays):
-                    group["weight_decay"] = decay
+                settings = optimizer.state_dict()["param_groups"]   # from the flags of now
+                optimizer.load_state_dict(state | {"param_groups": settings})
             first_step, loss_sum = folder.state["step"], folder.state["loss_sum"]
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"{folder.path / 'training_state.pt'} does not fit this model ({str(error).splitlines()[0]}): "
-                           "start anew with --overwrite_output_dir") from None
+            raise BadInput(f"{folder.path / 'training_state.pt'} does not fit this model "
+                           f"({str(error).splitlines()[0]}): start anew with --overwrite_output_dir") from None
         folder.state = None
         say(f"resuming {folder.path} after step {first_step} of {num_steps}")
-    folder.save(model, optimizers, first_step, loss_sum)     # loadable from the first moment, however the last run ended
+    folder.save(model, optimizers, first_step, loss_sum)    # loadable from the start, however the last run ended
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    stepper = torch.compile(parallel) if (args.compile if args.compile is not None else device.type == "cuda") else parallel
+    compiled = device.type == "cuda" if args.compile is None else args.compile
+    stepper = torch.compile(parallel) if compiled else parallel
     started = time.monotonic()
     with noted_signals() as received:
         for step in range(first_step, num_steps):
-            warm = min(1.0, (step + 1) / warmup)
-            rate = args.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, num_steps - warmup)))
+            decayed = max(0, step - warmup) / max(1, num_steps - warmup)             # 0 at the end of warm-up, to 1
+            rate = args.learning_rate * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * decayed))
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = rate * group["scale"]
-            torch.manual_seed(random_seed(args.seed, step, rank()))                      # dropout depends on the step alone
+            torch.manual_seed(seeded(args.seed, step, rank()).initial_seed())    # for dropout
             model.train()
             loss = 0.0
             for i in range(accumulation):
                 first = (step * accumulation + i) * batch * world + rank() * batch
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                with autocast(device, dtype):
                     part = batch_loss(stepper, range(first, first + batch), step) / accumulation
                 part.backward()
                 loss += part.item()
             loss, stops = sum_over_processes(torch.tensor([loss / world, len(received)], dtype=torch.float64)).tolist()
             norm = nn.utils.clip_grad_norm_(trained, 1.0)
             if not math.isfinite(loss) or not norm.isfinite():
-                raise BadInput(f"step {step + 1}: the loss is {loss} and its gradient's norm {norm:.3g}, training stops and "
-                               f"{folder.path} keeps its last checkpoint (try a lower --learning_rate, or --dtype float32)")
+                raise BadInput(f"step {step + 1}: the loss is {loss} and its gradient's norm {norm:.3g}, training "
+                               f"stops and {folder.path} keeps its last checkpoint (try a lower --learning_rate, or "
+                               "--dtype float32)")
             if step > first_step and step % args.save_steps == 0:    # only now is it known that this model was good
                 folder.save(model, optimizers, step, loss_sum)
             for optimizer in optimizers:
@@ -1302,7 +1310,8 @@ def fit(args, model, folder, device, dtype, num_recordings, batch_loss, evaluate
             if stops or last:
                 folder.save(model, optimizers, done, loss_sum)
             if stops and not last:
-                say(f"stopped after step {done} of {num_steps}, saved in {folder.path}: the same command goes on from here")
+                say(f"stopped after step {done} of {num_steps}, saved in {folder.path}: "
+                    "the same command goes on from here")
                 sys.exit(128 + (received or [signals.SIGTERM])[0])
     model.eval()
     return num_steps
@@ -1313,7 +1322,7 @@ def fit(args, model, folder, device, dtype, num_recordings, batch_loss, evaluate
 
 
 def open_data(args, window, train_rows=None, val_rows=None):
-    """Coordinates, training and validation recordings of a command; makes the sample data where nothing else is named."""
+    """Coordinates, training and validation recordings of a command; makes the sample data if none are named."""
     paths = (args.train_dataset_path, args.val_dataset_path, args.coords_dataset_path)
     if not Path("sample_data").exists() and all(path.startswith("./sample_data/") for path in paths):
         if rank() == 0:
@@ -1324,7 +1333,8 @@ def open_data(args, window, train_rows=None, val_rows=None):
     xyz, networks = read_coordinates(args.coords_dataset_path)
     sets = [RecordingDataset(path, args.recording_col_name, window, len(xyz), rows)
             for path, rows in ((args.train_dataset_path, train_rows), (args.val_dataset_path, val_rows))]
-    say(f"data: {len(sets[0])} training and {len(sets[1])} validation recordings, {len(xyz)} parcels, windows of {window}")
+    say(f"data: {len(sets[0])} training and {len(sets[1])} validation recordings, {len(xyz)} parcels, "
+        f"windows of {window}")
     return xyz, networks, *sets
 
 
@@ -1336,21 +1346,17 @@ def describe(args, model, S, device, dtype):
     layer = tokens * (20 * config.hidden_size + 2 * config.intermediate_size) * size
     stored = layer + config.num_hidden_layers * tokens * config.hidden_size * 4 if args.gradient_checkpointing else \
         config.num_hidden_layers * layer
-    say(f"model: {parameters:,} parameters, {tokens * args.gradient_accumulation_steps * world_size():,} tokens a step, "
+    say(f"model: {parameters:,} parameters, "
+        f"{tokens * args.gradient_accumulation_steps * world_size():,} tokens a step, "
         f"about {(16 * parameters + stored) / 2 ** 30:.1f} GiB, {world_size()} x {device.type}, "
         f"{str(dtype).removeprefix('torch.')}")
 
 
 def finish(folder, num_steps, tables, dataset):
     """Print the tables, log them, and put them into the run folder's model card, which the Hub shows."""
-    print_tables(tables)
+    say(markdown(tables))
     folder.log(step=num_steps, tables=tables)
-    config, card = json.loads((folder.path / "config.json").read_text()), []
-    for title, table in tables.items():
-        columns = list(dict.fromkeys(column for row in table.values() for column in row))
-        card += ["", f"| {title} | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
-        card += [f"| {name} | " + " | ".join(f"{row.get(column, math.nan):.4g}" for column in columns) + " |"
-                 for name, row in table.items()]
+    config = json.loads((folder.path / "config.json").read_text())
     card = f"""---
 license: apache-2.0
 library_name: transformers
@@ -1362,7 +1368,7 @@ tags: [fmri, brainlm]
 {config["timepoint_patching_size"]} timepoints, trained for {num_steps} steps on windows of
 {config["num_timepoints_per_voxel"]} timepoints from `{dataset.recording_col}` of `{Path(dataset.path).name}`
 ({len(dataset)} recordings, {dataset.num_parcels} parcels). Beside it, closed-form baselines on the same windows.
-""" + "\n".join(card) + """
+{markdown(tables)}
 
 Load it with `AutoModelForPreTraining.from_pretrained(..., trust_remote_code=True)`, or with the file `brainlm.py` here.
 The method: Ortega Caro et al., BrainLM: A foundation model for brain activity recordings, ICLR 2024.
@@ -1386,7 +1392,7 @@ def pretrain(args):
     T, P = config.num_timepoints_per_voxel, config.timepoint_patching_size
     device, dtype = pick_device(args)
     xyz, _, train_set, val_set = open_data(args, T, args.max_train_samples, args.max_eval_samples)
-    random_mask(1, T // P, len(xyz), config.mask_ratio)      # refuses a ratio that hides nothing before a folder is made
+    random_mask(1, T // P, len(xyz), config.mask_ratio)     # refuses a ratio that hides nothing; no folder is made yet
     folder = RunFolder(args, config)
     if not args.model_name_or_path:
         torch.manual_seed(args.seed)
@@ -1404,10 +1410,9 @@ def pretrain(args):
                                   for n in samples], T).to(device)
         N, V = T // P, len(xyz)
         if np.random.default_rng([args.seed, 1, step]).random() < args.forward_mask_prob:
-            mask = repeated_forward_mask(len(samples), N, V, torch.Generator().manual_seed(random_seed(args.seed, 2, step)))
+            mask = repeated_forward_mask(len(samples), N, V, seeded(args.seed, 2, step))
         else:
-            mask = torch.cat([random_mask(1, N, V, config.mask_ratio,
-                                          torch.Generator().manual_seed(random_seed(args.seed, 3, n))) for n in samples])
+            mask = torch.cat([random_mask(1, N, V, config.mask_ratio, seeded(args.seed, 3, n)) for n in samples])
         mask = mask.to(device)
         # Recordings of another scanner or with movement are louder at times: a random gain, undone in the prediction.
         gain = torch.tensor([[[np.random.default_rng([args.seed, 4, n]).lognormal(0, 0.5)]] for n in samples],
@@ -1445,7 +1450,8 @@ def finetune(args):
         if not len(present):
             raise BadInput(f"{dataset.path}: column {column!r} is missing in every row")
         if len(present) < len(target):
-            say(f"{dataset.path}: {len(target) - len(present)} of {len(target)} recordings have no {column} and are left out")
+            say(f"{dataset.path}: {len(target) - len(present)} of {len(target)} recordings have no {column} "
+                "and are left out")
         targets.append(target)
         rows.append(present)
     mean, std = targets[0][rows[0]].mean(), targets[0][rows[0]].std()
@@ -1476,24 +1482,24 @@ def finetune(args):
         predictions = torch.zeros(len(rows[1]), dtype=torch.float64)
         for i in range(rank(), len(rows[1]), world_size()):
             windows = val_set.fixed_windows(rows[1][i:i + 1], T, stride=T)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with autocast(device, dtype):
                 predictions[i] = model(val_set.batch(windows, T).to(device), xyz).double().mean()
         return sum_over_processes(predictions).numpy()
 
     val_target = targets[1][rows[1]]
     if folder.state is None:
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.no_grad(), autocast(device, dtype):
             features = torch.cat([model.features(train_set.batch([(row, 0)], T).to(device), xyz)
                                   for row in rows[0][:MAX_BASELINE_ROWS]])
         model.feature_mean.copy_(features.mean(dim=0))
         model.feature_std.copy_(features.std(dim=0).nan_to_num(1.0).clamp(min=1e-6))
     num_steps = fit(args, model, folder, device, dtype, len(rows[0]), batch_loss,
                     lambda: regression_scores(predict(), val_target))
-    table = {"BrainLM": predict(), "training mean": np.full(len(val_target), mean),
-             "ridge on functional connectivity": connectivity_ridge(train_set, rows[0], targets[0][rows[0]], val_set, rows[1])}
-    table = {name: regression_scores(prediction, val_target) for name, prediction in table.items()}
-    tables = {f"{column}, {len(val_target)} validation recordings": table}
-    finish(folder, num_steps, tables, train_set)
+    ridge = connectivity_ridge(train_set, rows[0], targets[0][rows[0]], val_set, rows[1])
+    methods = {"BrainLM": predict(), "training mean": np.full(len(val_target), mean),
+               "ridge on functional connectivity": ridge}
+    table = {name: regression_scores(prediction, val_target) for name, prediction in methods.items()}
+    finish(folder, num_steps, {f"{column}, {len(val_target)} validation recordings": table}, train_set)
     say(f"\nahead by MAE: {min(table, key=lambda name: table[name]['MAE'])}; the model is in {folder.path}")
 
 
@@ -1508,7 +1514,7 @@ def evaluate(args):
     tables = evaluate_reconstruction(model, xyz, device, dtype, train_set, val_set, windows)
     if networks and len(xyz) > 1:
         tables |= evaluate_networks(model, xyz, device, val_set, windows, networks)
-    print_tables(tables)
+    say(markdown(tables))
     folder = Path(args.model_name_or_path if Path(args.model_name_or_path).is_dir() else ".")
     if rank() > 0:
         return
@@ -1539,10 +1545,11 @@ def number(kind, low, high=math.inf, above=False):
 
 def command_line():
     """The flags of all commands, named as in the reference implementation where it has them."""
-    parser = OneLineParser(prog="brainlm.py", description="BrainLM, a foundation model for brain activity, in one file.")
+    parser = OneLineParser(prog="brainlm.py", description="BrainLM: a foundation model for brain activity, in one file")
     commands = parser.add_subparsers(dest="command", required=True, metavar="pretrain | finetune | evaluate")
     count, share, positive = number(int, 1), number(float, 0, 1), number(float, 0, above=True)
-    for run, output_dir, model in ((pretrain, "./runs/pretrain", None), (finetune, "./runs/finetune", "./runs/pretrain"),
+    for run, output_dir, model in ((pretrain, "./runs/pretrain", None),
+                                   (finetune, "./runs/finetune", "./runs/pretrain"),
                                    (evaluate, None, "./runs/pretrain")):
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__,
                                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -1571,25 +1578,30 @@ def command_line():
 
         flag = command.add_argument_group("machine").add_argument
         flag("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: the fastest there is")
-        flag("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where it is faster")
+        flag("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+             help="auto: bfloat16 where it is faster")
         if run is evaluate:
             continue
         flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (None: on cuda only)")
-        flag("--gradient_checkpointing", action="store_true", help="recompute layers in backward: less memory, a third slower")
+        flag("--gradient_checkpointing", action="store_true",
+             help="recompute layers in backward: less memory, a third slower")
         flag("--per_device_train_batch_size", type=count, default=2, help="recordings a process takes at once")
         flag("--per_device_eval_batch_size", type=count, default=8, help="the same in validation")
         flag("--gradient_accumulation_steps", type=count, default=1, help="batches that make one step")
 
         flag = command.add_argument_group("training").add_argument
-        flag("--num_train_epochs", type=positive, default=3.0 if run is pretrain else 2.0, help="one window of each recording is an epoch")
+        flag("--num_train_epochs", type=positive, default=3.0 if run is pretrain else 2.0,
+             help="one window of each recording is an epoch")
         flag("--max_steps", type=count, help="steps of training, instead of epochs")
-        flag("--learning_rate", type=positive, default=2e-3 if run is pretrain else 3e-4, help="after warm-up; cosine decay")
+        flag("--learning_rate", type=positive, default=2e-3 if run is pretrain else 3e-4,
+             help="after warm-up; cosine decay")
         flag("--weight_decay", type=number(float, 0), default=0.1, help="of matrices")
         flag("--warmup_ratio", type=share, default=0.05, help="share of the steps")
         if run is pretrain:
-            flag("--forward_mask_prob", type=share, default=0.3, help="share of the steps that hide temporal tokens of all parcels")
-            flag("--stride_prob", type=share, default=0.4, help="share of the windows that take every 2nd or 3rd timepoint, as if "
-                 "scanned more slowly: for recordings with other repetition times")
+            flag("--forward_mask_prob", type=share, default=0.3,
+                 help="share of the steps that hide temporal tokens of all parcels")
+            flag("--stride_prob", type=share, default=0.4, help="share of the windows that take every 2nd or 3rd "
+                 "timepoint, as if scanned more slowly: for recordings with other repetition times")
         flag("--seed", type=number(int, 0, 2 ** 63), default=0, help="of weights, windows and masks")
 
         flag = command.add_argument_group("run folder").add_argument
