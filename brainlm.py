@@ -49,6 +49,10 @@ class BadInput(ValueError):
     """A fault in data, flags or files that the user can mend. The commands print it as one line and exit with 2."""
 
 
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Configuration
 
@@ -137,12 +141,12 @@ def read_arrow(path):
             tables.append(pa.ipc.open_stream(pa.memory_map(str(file))).read_all())
             tables[-1].validate(full=True)              # offsets out of bounds; reads no number of a recording
         except (pa.ArrowInvalid, OSError) as error:
-            raise BadInput(f"{file} is missing, truncated or no Arrow stream ({str(error).splitlines()[0]}): "
+            raise BadInput(f"{file} is missing, truncated or no Arrow stream ({first_line(error)}): "
                            "copy or write the dataset again") from None
     try:
         table = pa.concat_tables(tables)
     except pa.ArrowInvalid as error:
-        raise BadInput(f"{folder}: its files have different columns ({str(error).splitlines()[0]})") from None
+        raise BadInput(f"{folder}: its files have different columns ({first_line(error)})") from None
     if not len(table):
         raise BadInput(f"{folder}: the dataset has no rows")
     return table
@@ -210,14 +214,16 @@ class RecordingDataset:
                 and is_number(column.type.value_type.value_type)):
             self.refuse(f"holds {column.type}: a recording is a two-dimensional list of numbers, (timepoints, parcels)")
         if column.null_count:
-            self.refuse(f"row {np.argmax(column.is_null())} is missing")
+            self.refuse(f"row {np.argmax(column.is_null().to_numpy())} is missing")
         self.lengths = pc.list_value_length(column).to_numpy().astype(np.int64)
         self.starts = np.cumsum(self.lengths) - self.lengths            # of each row, in timepoints of the whole column
         timepoints = pc.list_flatten(column)
         if timepoints.null_count:
-            row, where = self.locate(np.argmax(timepoints.is_null()))
+            row, where = self.locate(np.argmax(timepoints.is_null().to_numpy()))
             self.refuse(f"{where} is missing")
         widths = pc.list_value_length(timepoints).to_numpy()            # parcels at every timepoint
+        if not widths.any():
+            self.refuse("its recordings are empty")
         self.num_parcels = num_parcels or int(widths[0])
         if (widths != self.num_parcels).any():
             fault = np.argmax(widths != self.num_parcels)
@@ -368,8 +374,8 @@ def blocks(S, V):
 
 
 class CPUAttention(torch.autograd.Function):
-    """The same in bfloat16 on CPUs, where torch's own kernel leaves their bfloat16 units idle: plain matrix products,
-    one block of one head a thread. q (scaled), k, v [B * heads, S, D].
+    """The same in bfloat16 on CPUs, where torch's own kernel leaves their bfloat16 units idle: plain matrix products.
+    q (scaled), k, v [B * heads, S, D].
 
     Rows' largest scores are taken off before scores are rounded, where bfloat16 would cost large ones a tenth of their
     weight: as one more column of q, beside ones in k, they are part of the product, which sums in float32. Backward
@@ -378,8 +384,10 @@ class CPUAttention(torch.autograd.Function):
 
     @staticmethod
     def tiles(num_heads, S, V):
-        return [(slice(head, head + torch.get_num_threads()), rows, past)
-                for head in range(0, num_heads, torch.get_num_threads()) for rows, past in blocks(S, V)]
+        """(heads, rows, past): one head a thread or more, as long as their scores, at most 8 MB, stay in the caches."""
+        at_once = max(torch.get_num_threads(), 2 ** 22 // (V * S))
+        return [(slice(head, head + at_once), rows, past)
+                for head in range(0, num_heads, at_once) for rows, past in blocks(S, V)]
 
     @staticmethod
     def forward(ctx, q, k, v, V):
@@ -680,7 +688,7 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as error:                        # torch.save wraps OSError into RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise BadInput(f"could not write {path} ({str(error).splitlines()[0]}): what was saved before is "
+        raise BadInput(f"could not write {path} ({first_line(error)}): what was saved before is "
                        "intact") from None
 
 
@@ -738,7 +746,7 @@ def load_model(model_class, name_or_path):
             folder = Path(hub.snapshot_download(str(name_or_path)))
         except Exception as error:      # offline, unknown, private, ...: the Hub's own words say which
             raise BadInput(f"{name_or_path}: no such folder here, and the Hub did not give it "
-                           f"({str(error).splitlines()[0]})") from None
+                           f"({first_line(error)})") from None
     try:
         config = BrainLMConfig.from_dict(json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -1259,7 +1267,7 @@ def fit(args, model, folder, device, dtype, num_recordings, batch_loss, evaluate
             first_step, loss_sum = folder.state["step"], folder.state["loss_sum"]
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{folder.path / 'training_state.pt'} does not fit this model "
-                           f"({str(error).splitlines()[0]}): start anew with --overwrite_output_dir") from None
+                           f"({first_line(error)}): start anew with --overwrite_output_dir") from None
         folder.state = None
         say(f"resuming {folder.path} after step {first_step} of {num_steps}")
     folder.save(model, optimizers, first_step, loss_sum)    # loadable from the start, however the last run ended
