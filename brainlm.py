@@ -222,9 +222,7 @@ class RecordingDataset:
             row, where = self.locate(np.argmax(timepoints.is_null().to_numpy()))
             self.refuse(f"{where} is missing")
         widths = pc.list_value_length(timepoints).to_numpy()            # parcels at every timepoint
-        if not widths.any():
-            self.refuse("its recordings are empty")
-        self.num_parcels = num_parcels or int(widths[0])
+        self.num_parcels = num_parcels or max(1, int(widths[:1].sum()))
         if (widths != self.num_parcels).any():
             fault = np.argmax(widths != self.num_parcels)
             row, where = self.locate(fault)
@@ -947,8 +945,8 @@ def evaluate_reconstruction(model, xyz, device, dtype, train_set, val_set, windo
     if T - P >= max(P, 2):
         tasks.append((f"forecasting {P} timepoints from {T - P} ({len(windows)} windows)", True,
                       functools.partial(forecasting_baselines, P=P)))
-    for title, forward, fit in tasks:
-        predictors = {("BrainLM", 0): model_predictor(model, xyz, device, dtype), **fit(train_set)}
+    for title, forward, opponents in tasks:
+        predictors = {("BrainLM", 0): model_predictor(model, xyz, device, dtype), **opponents(train_set)}
         sums = score_reconstruction(predictors, val_set, windows, config, forward)
         table = tables[title] = {"BrainLM": {}}                      # the first line
         for (name, ridge), each in sorted(sums.items(), key=lambda item: scores(item[1].sum(dim=1))["R2"]):
@@ -1023,11 +1021,11 @@ def markdown(tables):
     for title, table in tables.items():
         columns = list(dict.fromkeys(column for row in table.values() for column in row))
         width = max(map(len, [title, *table]))
-        lines += ["", f"| {title:<{width}} |" + "".join(f"{column:>9} |" for column in columns),
-                  f"| {'-' * width} |" + " -------: |" * len(columns)]
+        lines += ["", f"| {title:<{width}} |" + "".join(f"{column:>10} |" for column in columns),
+                  f"| {'-' * width} |" + " --------: |" * len(columns)]
         for name, row in table.items():
             numbers = (f"{row[column]:.4g}" if column in row else "" for column in columns)
-            lines.append(f"| {name:<{width}} |" + "".join(f"{number:>9} |" for number in numbers))
+            lines.append(f"| {name:<{width}} |" + "".join(f"{number:>10} |" for number in numbers))
     return "\n".join(lines)
 
 
@@ -1245,10 +1243,10 @@ def noted_signals():
             signals.signal(number, handler)
 
 
-def fit(args, model, folder, device, dtype, num_recordings, batch_loss, evaluate):
+def fit(args, model, folder, device, dtype, num_recordings, batch_loss, validate):
     """Train model and leave it in folder; both commands come here.
 
-    batch_loss(model, samples, step) -> scalar loss of the samples with these numbers; evaluate() -> {metric: value}.
+    batch_loss(model, samples, step) -> scalar loss of the samples with these numbers; validate() -> {metric: value}.
     Sample numbers go on from step to step; of each step's, every process and every accumulated batch takes its own.
     """
     batch, accumulation, world = args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size()
@@ -1312,7 +1310,7 @@ def fit(args, model, folder, device, dtype, num_recordings, batch_loss, evaluate
                 folder.log(step=done, loss=mean, learning_rate=rate, seconds=round(time.monotonic() - started, 2))
                 loss_sum = 0.0
             if args.eval_steps and done % args.eval_steps == 0 and not last:
-                metrics = evaluate()
+                metrics = validate()
                 say("  validation  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
                 folder.log(step=done, **metrics)
             if stops or last:
@@ -1329,7 +1327,7 @@ def fit(args, model, folder, device, dtype, num_recordings, batch_loss, evaluate
 # 11. Commands
 
 
-def open_data(args, window, train_rows=None, val_rows=None):
+def open_data(args, window, max_train=None, max_val=None):
     """Coordinates, training and validation recordings of a command; makes the sample data if none are named."""
     paths = (args.train_dataset_path, args.val_dataset_path, args.coords_dataset_path)
     if not Path("sample_data").exists() and all(path.startswith("./sample_data/") for path in paths):
@@ -1339,24 +1337,22 @@ def open_data(args, window, train_rows=None, val_rows=None):
         if world_size() > 1:
             dist.barrier()
     xyz, networks = read_coordinates(args.coords_dataset_path)
-    sets = [RecordingDataset(path, args.recording_col_name, window, len(xyz), rows)
-            for path, rows in ((args.train_dataset_path, train_rows), (args.val_dataset_path, val_rows))]
+    sets = [RecordingDataset(path, args.recording_col_name, window, len(xyz), max_samples)
+            for path, max_samples in ((args.train_dataset_path, max_train), (args.val_dataset_path, max_val))]
     say(f"data: {len(sets[0])} training and {len(sets[1])} validation recordings, {len(xyz)} parcels, "
         f"windows of {window}")
     return xyz, networks, *sets
 
 
 def describe(args, model, S, device, dtype):
-    """One line on what is about to run, with an estimate of its memory: weights, gradients and AdamW's two moments in
-    float32, and what backward needs of every token (of one layer alone with gradient checkpointing)."""
+    """One line on what is about to run, with an estimate of its memory: weights, gradients and two moments in float32,
+    and what backward needs of every token, as measured (with gradient checkpointing, of one layer at a time)."""
     config, parameters = model.config, sum(p.numel() for p in model.parameters())
-    tokens, size = args.per_device_train_batch_size * S, torch.finfo(dtype).bits // 8
-    layer = tokens * (20 * config.hidden_size + 2 * config.intermediate_size) * size
-    stored = layer + config.num_hidden_layers * tokens * config.hidden_size * 4 if args.gradient_checkpointing else \
-        config.num_hidden_layers * layer
-    say(f"model: {parameters:,} parameters, "
-        f"{tokens * args.gradient_accumulation_steps * world_size():,} tokens a step, "
-        f"about {(16 * parameters + stored) / 2 ** 30:.1f} GiB, {world_size()} x {device.type}, "
+    tokens, size, layers = args.per_device_train_batch_size * S, torch.finfo(dtype).bits // 8, config.num_hidden_layers
+    layer = tokens * (22 * config.hidden_size + 3 * config.intermediate_size) * size
+    stored = layer + layers * tokens * config.hidden_size * 4 if args.gradient_checkpointing else layers * layer
+    say(f"model: {parameters:,} parameters, {tokens * args.gradient_accumulation_steps * world_size():,} tokens a "
+        f"step, about {0.2 + (16 * parameters + stored) / 2 ** 30:.1f} GiB, {world_size()} x {device.type}, "
         f"{str(dtype).removeprefix('torch.')}")
 
 
@@ -1427,7 +1423,7 @@ def pretrain(args):
                             dtype=torch.float32, device=device)
         return reconstruction_loss(model(gain * signal, xyz_on_device, mask)[0] / gain, signal, mask, config.loss_fn)
 
-    def evaluate():
+    def validate():
         predictors, metrics = {"BrainLM": model_predictor(model, xyz, device, dtype)}, {}
         for name, forward in (("masked", False), ("forecast", True)):
             some = windows[::max(1, len(windows) // 20)]            # enough to watch; the tables at the end take all
@@ -1435,10 +1431,24 @@ def pretrain(args):
             metrics[f"{name}_R2"] = scores(sums["BrainLM"].sum(dim=1))["R2"]
         return metrics
 
-    num_steps = fit(args, model, folder, device, dtype, len(rows), batch_loss, evaluate)
+    num_steps = fit(args, model, folder, device, dtype, len(rows), batch_loss, validate)
     tables = evaluate_reconstruction(model, xyz, device, dtype, train_set, val_set, windows)
     finish(folder, num_steps, tables, train_set)
     say(f"\nthe model is in {folder.path}")
+
+
+def read_target(dataset, column):
+    """The rows that have a target, int64, and the targets of all rows, float64 with NaN."""
+    target = read_numbers(dataset.table, column, dataset.path)
+    huge = np.flatnonzero(np.abs(target) > 1e30)        # its square must fit into a float32 too
+    if len(huge):
+        raise BadInput(f"{dataset.path}: column {column!r} is infinite in row {huge[0]} ({target[huge[0]]})")
+    rows = np.flatnonzero(~np.isnan(target))
+    if not len(rows):
+        raise BadInput(f"{dataset.path}: column {column!r} is missing in every row")
+    if len(rows) < len(target):
+        say(f"{dataset.path}: {len(target) - len(rows)} of {len(target)} recordings have no {column} and are left out")
+    return rows, target
 
 
 def finetune(args):
@@ -1448,22 +1458,9 @@ def finetune(args):
     T = config.num_timepoints_per_voxel
     device, dtype = pick_device(args)
     xyz, _, train_set, val_set = open_data(args, T, args.max_train_samples, args.max_eval_samples)
-    targets, rows = [], []
-    for dataset in (train_set, val_set):
-        target = read_numbers(dataset.table, column, dataset.path)
-        huge = np.flatnonzero(np.abs(target) > 1e30)                 # its square must fit into a float32 too
-        if len(huge):
-            raise BadInput(f"{dataset.path}: column {column!r} is infinite in row {huge[0]} ({target[huge[0]]})")
-        present = np.flatnonzero(~np.isnan(target))
-        if not len(present):
-            raise BadInput(f"{dataset.path}: column {column!r} is missing in every row")
-        if len(present) < len(target):
-            say(f"{dataset.path}: {len(target) - len(present)} of {len(target)} recordings have no {column} "
-                "and are left out")
-        targets.append(target)
-        rows.append(present)
-    mean, std = targets[0][rows[0]].mean(), targets[0][rows[0]].std()
-    if np.ptp(targets[0][rows[0]]) == 0:
+    (rows, target), (val_rows, val_target) = read_target(train_set, column), read_target(val_set, column)
+    mean, std = target[rows].mean(), target[rows].std()
+    if np.ptp(target[rows]) == 0:
         raise BadInput(f"{train_set.path}: column {column!r} is {mean} in every row: there is nothing to learn")
     folder = RunFolder(args, config)
     torch.manual_seed(args.seed)
@@ -1479,35 +1476,33 @@ def finetune(args):
         unused.requires_grad_(False)
 
     def batch_loss(model, samples, step):
-        windows = [train_set.training_window(n, rows[0], T, args.seed) for n in samples]
-        target = torch.tensor([targets[0][row] for row, *_ in windows], dtype=torch.float32, device=device)
-        return ((model(train_set.batch(windows, T).to(device), xyz) - target) / std).square().mean()
+        windows = [train_set.training_window(n, rows, T, args.seed) for n in samples]
+        wanted = torch.tensor([target[row] for row, *_ in windows], dtype=torch.float32, device=device)
+        return ((model(train_set.batch(windows, T).to(device), xyz) - wanted) / std).square().mean()
 
     @torch.no_grad()
     def predict():
-        """Validation predictions [rows]: each the mean over the recording's fixed windows."""
+        """Predictions for val_rows: each the mean over the recording's fixed windows."""
         model.eval()
-        predictions = torch.zeros(len(rows[1]), dtype=torch.float64)
-        for i in range(rank(), len(rows[1]), world_size()):
-            windows = val_set.fixed_windows(rows[1][i:i + 1], T, stride=T)
+        predictions = torch.zeros(len(val_rows), dtype=torch.float64)
+        for i in range(rank(), len(val_rows), world_size()):
+            windows = val_set.fixed_windows(val_rows[i:i + 1], T, stride=T)
             with autocast(device, dtype):
                 predictions[i] = model(val_set.batch(windows, T).to(device), xyz).double().mean()
         return sum_over_processes(predictions).numpy()
 
-    val_target = targets[1][rows[1]]
     if folder.state is None:
         with torch.no_grad(), autocast(device, dtype):
             features = torch.cat([model.features(train_set.batch([(row, 0)], T).to(device), xyz)
-                                  for row in rows[0][:MAX_BASELINE_ROWS]])
+                                  for row in rows[:MAX_BASELINE_ROWS]])
         model.feature_mean.copy_(features.mean(dim=0))
         model.feature_std.copy_(features.std(dim=0).nan_to_num(1.0).clamp(min=1e-6))
-    num_steps = fit(args, model, folder, device, dtype, len(rows[0]), batch_loss,
-                    lambda: regression_scores(predict(), val_target))
-    ridge = connectivity_ridge(train_set, rows[0], targets[0][rows[0]], val_set, rows[1])
-    methods = {"BrainLM": predict(), "training mean": np.full(len(val_target), mean),
-               "ridge on functional connectivity": ridge}
-    table = {name: regression_scores(prediction, val_target) for name, prediction in methods.items()}
-    finish(folder, num_steps, {f"{column}, {len(val_target)} validation recordings": table}, train_set)
+    num_steps = fit(args, model, folder, device, dtype, len(rows), batch_loss,
+                    lambda: regression_scores(predict(), val_target[val_rows]))
+    methods = {"BrainLM": predict(), "training mean": np.full(len(val_rows), mean), "ridge on functional connectivity":
+               connectivity_ridge(train_set, rows, target[rows], val_set, val_rows)}
+    table = {name: regression_scores(prediction, val_target[val_rows]) for name, prediction in methods.items()}
+    finish(folder, num_steps, {f"{column}, {len(val_rows)} validation recordings": table}, train_set)
     say(f"\nahead by MAE: {min(table, key=lambda name: table[name]['MAE'])}; the model is in {folder.path}")
 
 
@@ -1516,7 +1511,7 @@ def evaluate(args):
     model = BrainLM.from_pretrained(args.model_name_or_path)
     T = model.config.num_timepoints_per_voxel
     device, dtype = pick_device(args)
-    xyz, networks, train_set, val_set = open_data(args, T, val_rows=args.max_eval_samples)
+    xyz, networks, train_set, val_set = open_data(args, T, max_val=args.max_eval_samples)
     model.to(device)
     windows = val_set.fixed_windows(range(len(val_set)), T, stride=max(T // 4, 1))
     tables = evaluate_reconstruction(model, xyz, device, dtype, train_set, val_set, windows)
@@ -1631,6 +1626,9 @@ def main(words=None):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(128 + signals.SIGINT)
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

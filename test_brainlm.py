@@ -1028,6 +1028,15 @@ def assert_loadable(folder):
         load(folder)
 
 
+def test_a_file_is_replaced_not_written_over(tmp_path):
+    """Who has the old one open, or mapped, still reads the old one to its end."""
+    path = tmp_path / "file"
+    for content in (b"old", b"new"):
+        before = path.open("rb") if path.exists() else None
+        brainlm.write_atomically(path, lambda file: file.write(content))
+    assert (before.read(), path.read_bytes(), list(tmp_path.iterdir())) == (b"old", b"new", [path])
+
+
 def assert_same_run(folder, expected):
     assert (folder / "pytorch_model.bin").read_bytes() == (expected / "pytorch_model.bin").read_bytes()
     assert metrics(folder) == metrics(expected)
@@ -1266,6 +1275,7 @@ RECORDINGS = {                                             # the whole column R,
     "booleans": ([[[True] * V] * 20], ["'R'", "bool"]),
     "dicts": ([[[{"a": 1}] * V] * 20], ["'R'", "struct"]),
     "no timepoints": ([GOOD, []], ["row 1", "0 timepoints"]),
+    "no timepoints anywhere": (pa.array([[], []], pa.list_(pa.list_(pa.float32()))), ["row 0", "0 timepoints"]),
     "no parcels": (pa.array([[[]] * 20], pa.list_(pa.list_(pa.float32()))), ["row 0", "0 parcels"]),
     "too short": ([GOOD, numbers(T - 1).tolist()], ["row 1", f"{T - 1} timepoints", f"window of {T}"]),
     "NaN": ([spoilt(float("nan"))], ["row 0", "timepoint 7", "parcel 2", "nan"]),

@@ -2,6 +2,7 @@
 
     python benchmarks/bench.py                 # the demo size: 424 parcels, 10 temporal tokens
     python benchmarks/bench.py --all           # 94, 424 and 1000 parcels, 10 and 24 temporal tokens
+    python benchmarks/bench.py --profile       # which operations, or kernels, the time of a step goes to
     python benchmarks/bench.py --data          # windows a second from a dataset on disk, against `datasets`
 
 Every line is measured in a process of its own, one after the other, so that one's memory is not another's.
@@ -61,34 +62,54 @@ def memory(device):
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def training_step(method, V, N, dtype, device, compiled, hidden_size=256, layers=4, heads=8, seconds=10.0):
-    """Seconds of the fastest training step (forward, loss, backward, AdamW), memory above the import, arithmetic."""
+def make_step(method, V, N, dtype, device, compiled):
+    """A function that does one training step (forward, loss, backward, optimizers), and the model it trains."""
     device, dtype = torch.device(device), getattr(torch, dtype)
-    if device.type == "cpu" and method != "reference":  # which would run out of memory with it
-        brainlm.keep_freed_memory()                     # as the commands do
-    at_import = memory(device)
     torch.manual_seed(0)
-    config = brainlm.BrainLMConfig(num_timepoints_per_voxel=N * PATCH, hidden_size=hidden_size, num_hidden_layers=layers,
-                                   num_attention_heads=heads)
+    config = brainlm.BrainLMConfig(N * PATCH, PATCH, hidden_size=256, num_hidden_layers=4, num_attention_heads=8)
     model = brainlm.BrainLM(config).to(device)
     if method != "ours":
         brainlm.block_causal_attention = masked_attention(method, N, V)
     step_model = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizers = brainlm.make_optimizers(model, 1e-3, 0.1)
     signal, xyz = torch.randn(BATCH, N * PATCH, V, device=device), 50 * torch.randn(V, 3, device=device)
-    mask, times, started = brainlm.random_mask(BATCH, N, V, 0.75).to(device), [], time.perf_counter()
-    while len(times) < 2 or time.perf_counter() - started < seconds:
-        synchronize(device)
-        begin = time.perf_counter()
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    mask = brainlm.random_mask(BATCH, N, V, 0.75).to(device)
+
+    def step():
+        with brainlm.autocast(device, dtype):
             loss = brainlm.reconstruction_loss(step_model(signal, xyz, mask)[0], signal, mask)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
         synchronize(device)
+    return step, model
+
+
+def training_step(method, V, N, device, seconds=10.0, **others):
+    """Seconds of the fastest training step, memory above the import, arithmetic."""
+    device = torch.device(device)
+    if device.type == "cpu" and method != "reference":  # which would run out of memory with it
+        brainlm.keep_freed_memory()                     # as the commands do
+    at_import = memory(device)
+    (step, model), times = make_step(method, V, N, device=device, **others), []
+    while len(times) < 2 or sum(times) < seconds:
+        begin = time.perf_counter()
+        step()
         times.append(time.perf_counter() - begin)
     # The first step allocates and compiles. The fastest of the others is the one that nothing else disturbed.
     return {"seconds": min(times[1:]), "memory": memory(device) - at_import, "arithmetic": arithmetic(model, N, V)}
+
+
+def profile(V, N, dtype, device, compiled):
+    """Print where the time of a training step of ours goes; on a GPU, which kernels run."""
+    if device == "cpu":
+        brainlm.keep_freed_memory()
+    step, _ = make_step("ours", V, N, dtype, device, compiled)
+    step()
+    with torch.profiler.profile() as profiler:
+        step()
+    print(profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=20, max_name_column_width=60))
 
 
 def matmul_peak(dtype, device, size=4096):
@@ -105,7 +126,7 @@ def matmul_peak(dtype, device, size=4096):
 
 
 def fits(method, V, N, available):
-    """Attention dropout stores probabilities S x S for each sample, head and layer (on CPUs three times, in float32)."""
+    """Attention dropout stores S x S probabilities for each sample, head and layer, on CPUs three times in float32."""
     return method != "reference" or 3 * 4 * BATCH * 8 * 4 * (1 + N * V) ** 2 < available
 
 
@@ -133,7 +154,7 @@ def bench_training(sizes, dtypes, device, compiled):
                 results[method] = results.get(method, []) + [in_own_process(
                     training_step, method=method, V=V, N=N, dtype=dtype, device=device, compiled=compiled)
                     if fits(method, V, N, available) else None]
-            ours = min(each["seconds"] for each in results["ours"])
+            ours = min(each["seconds"] if each else float("nan") for each in results["ours"])
             for method, name in METHODS.items():
                 line = f"{V:>8}{N:>8}  {name:<38}{dtype:<10}"
                 if None in results[method]:
@@ -176,7 +197,8 @@ def bench_data():
         sample_data.make_sample_data(folder)
         print(f"sample_data.py: {time.perf_counter() - begin:.1f} s for 100 + 20 recordings of 500 x 424\n")
         sample_data.make_sample_data(f"{folder}/large", num_train=500, num_val=1)
-        print(f"\n{'windows of 200 x 424 from':<34}{'recordings':>12}{'windows/s':>12}{'ms/window':>12}{'private MiB':>13}")
+        print(f"\n{'windows of 200 x 424 from':<34}{'recordings':>12}{'windows/s':>12}{'ms/window':>12}"
+              f"{'private MiB':>13}")
         for reader, path, rows in (("ours", f"{folder}/train", 100), ("ours", f"{folder}/large/train", 500),
                                    ("datasets, default format", f"{folder}/train", 100),
                                    ("datasets, numpy format", f"{folder}/train", 100)):
@@ -189,6 +211,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="all sizes instead of the demo's")
     parser.add_argument("--data", action="store_true", help="reading windows instead of training")
+    parser.add_argument("--profile", action="store_true", help="where the time of a training step goes")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true")
@@ -199,6 +222,8 @@ def main():
         print(json.dumps(globals()[name](**arguments)))
     elif args.data:
         bench_data()
+    elif args.profile:
+        profile(424, 10, args.dtypes[-1], args.device, args.compile)
     else:
         sizes = [(V, N) for V in (94, 424, 1000) for N in (10, 24)] if args.all else [(424, 10)]
         bench_training(sizes, args.dtypes, args.device, args.compile)

@@ -35,8 +35,10 @@ def training_picture(path, run):
     left.plot(*zip(*[(line["step"], line["loss"]) for line in lines if "loss" in line]), color="C3")
     left.set(title="training loss (random and forward masks)", xlabel="step", ylabel="MSE on hidden tokens")
     tables = list(next(line["tables"] for line in reversed(lines) if "tables" in line).values())
-    for metric, name, table, color in (("masked_R2", "masked patches", tables[0], "C3"), ("forecast_R2", "forecast", tables[1], "C0")):
-        points = [(line["step"], line[metric]) for line in lines if metric in line] + [(lines[-1]["step"], table["BrainLM"]["R2"])]
+    for metric, name, table, color in (("masked_R2", "masked patches", tables[0], "C3"),
+                                       ("forecast_R2", "forecast", tables[1], "C0")):
+        points = [(line["step"], line[metric]) for line in lines if metric in line]
+        points.append((lines[-1]["step"], table["BrainLM"]["R2"]))
         right.plot(*zip(*points), "o-", color=color, label=f"BrainLM, {name}")
         rival = max((row["R2"], method) for method, row in table.items() if method != "BrainLM")
         right.axhline(rival[0], color=color, linestyle="--", label=rival[1])
