@@ -69,7 +69,7 @@ class BrainLMConfig:
     timepoint_patching_size: int = setting(20, "P, timepoints in a patch")
     hidden_size: int = setting(128, "H, width of a token")
     num_hidden_layers: int = setting(4, "transformer layers")
-    num_attention_heads: int = setting(4, "attention heads in a layer")
+    num_attention_heads: int = setting(None, "attention heads in a layer; None: hidden_size / 64")
     intermediate_size: int = setting(None, "width of the MLP in a layer; None: 4 * hidden_size")
     hidden_dropout_prob: float = setting(0.0, "dropout of what a layer adds")
     attention_probs_dropout_prob: float = setting(0.0, "dropout of attention weights; slow on CPUs")
@@ -79,6 +79,8 @@ class BrainLMConfig:
     def __post_init__(self):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        if self.num_attention_heads is None:
+            self.num_attention_heads = math.gcd(self.hidden_size, max(1, self.hidden_size // 64))
         for name, value in asdict(self).items():
             if self.__annotations__[name] is int and (not isinstance(value, int) or value < 1):
                 raise BadInput(f"{name} is {value!r}: it must be a whole number, at least 1")
@@ -382,7 +384,7 @@ class CPUAttention(torch.autograd.Function):
 
     @staticmethod
     def tiles(num_heads, S, V):
-        """(heads, rows, past): one head a thread or more, as long as their scores, at most 8 MB, stay in the caches."""
+        """(heads, rows, past): one head a thread, more while their scores take at most 8 MB and so stay in caches."""
         at_once = max(torch.get_num_threads(), 2 ** 22 // (V * S))
         return [(slice(head, head + at_once), rows, past)
                 for head in range(0, num_heads, at_once) for rows, past in blocks(S, V)]
@@ -393,7 +395,7 @@ class CPUAttention(torch.autograd.Function):
         out, total = torch.empty_like(v), torch.empty_like(q[:, :, :1])
         for heads, rows, past in CPUAttention.tiles(*q.shape[:2], V):
             q1[heads, rows, -1:] = -(q[heads, rows] @ k[heads, past].mT).amax(dim=2, keepdim=True)
-            weights = (q1[heads, rows] @ k1[heads, past].mT).exp_()                  # [heads, rows, past], at most 1
+            weights = (q1[heads, rows] @ k1[heads, past].mT).exp_()                  # [heads, rows, past], at most ~1
             total[heads, rows] = weights.sum(dim=2, keepdim=True)
             out[heads, rows] = weights @ v[heads, past]
         out /= total
@@ -1593,7 +1595,7 @@ def command_line():
         flag("--gradient_accumulation_steps", type=count, default=1, help="batches that make one step")
 
         flag = command.add_argument_group("training").add_argument
-        flag("--num_train_epochs", type=positive, default=3.0 if run is pretrain else 2.0,
+        flag("--num_train_epochs", type=positive, default=5.0 if run is pretrain else 2.0,
              help="one window of each recording is an epoch")
         flag("--max_steps", type=count, help="steps of training, instead of epochs")
         flag("--learning_rate", type=positive, default=2e-3 if run is pretrain else 3e-4,
@@ -1611,7 +1613,8 @@ def command_line():
         flag("--output_dir", default=output_dir, help="checkpoints, metrics.jsonl, args.json")
         flag("--overwrite_output_dir", action="store_true", help="start anew; else the same command resumes a run")
         flag("--logging_steps", type=count, default=10, help="steps between progress lines")
-        flag("--eval_steps", type=number(int, 0), default=50, help="steps between validations; 0: only at the end")
+        flag("--eval_steps", type=number(int, 0), default=100 if run is pretrain else 50,
+             help="steps between validations; 0: only at the end")
         flag("--save_steps", type=count, default=50, help="steps between checkpoints")
     return parser
 

@@ -367,7 +367,7 @@ def test_bfloat16_attention_on_cpus_is_masked_attention(N, V):
 
 
 def test_bfloat16_attention_does_not_round_large_scores():
-    """Trained models have scores of 60, where bfloat16 knows only every fourth of one: weights would be wrong by a tenth."""
+    """Trained models have scores of 60, where bfloat16 knows only quarters: weights would be wrong by a tenth."""
     N, V = 4, 50
     qkv = torch.randn(3, 1, 2, 1 + N * V, 32)
     qkv[0] *= 10
@@ -911,6 +911,15 @@ def test_every_python_block_of_the_readme_runs_in_order(tmp_path, monkeypatch):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert names["forecast"].shape == (1, 40, 20) and Path("my_data/train/state.json").exists()
+
+
+def test_the_readme_links_to_the_lines_of_its_functions():
+    lines = (REPOSITORY / "brainlm.py").read_text().splitlines()
+    links = re.findall(r"\[`(?:\w+\.)?(\w+)`]\(brainlm\.py#L(\d+)\)", (REPOSITORY / "README.md").read_text())
+    assert len(links) >= 10
+    for name, line in links:
+        where = [i for i, text in enumerate(lines, start=1) if re.match(rf"\s*(def|class) {name}\b", text)]
+        assert int(line) in where, f"README.md links {name} to line {line}, it is in {where}"
 
 
 def test_the_readme_names_every_flag():
