@@ -1046,7 +1046,8 @@ def plot_evaluation(path, model, xyz, device, dataset, windows, tables):
             for name, curve, color in (("truth", signal, "0.6"), ("BrainLM", prediction, "C3")):
                 axis.plot(shown, curve[0, shown, parcel] - 4 * i, color=color, label=None if i else name)
         axis.set(title=title, xlabel="timepoint", ylabel="BOLD, three parcels", yticks=[])
-        axis.legend(loc="upper right")
+        axis.margins(y=0.15)                            # room for the legend
+        axis.legend(loc="upper left", ncols=2)
     for name, row in (item for table in tables.values() for item in table.items() if "R2 at 1" in item[1]):
         steps = [h for h in HORIZONS if f"R2 at {h}" in row]
         color = "C3" if name == "BrainLM" else None
