@@ -1630,9 +1630,6 @@ def main(words=None):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(128 + signals.SIGINT)
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
