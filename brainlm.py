@@ -27,7 +27,6 @@ import importlib
 import json
 import math
 import os
-import shutil
 import signal as signals
 import sys
 import time
@@ -1589,8 +1588,7 @@ def command_line():
         if run is evaluate:
             continue
         flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (None: on cuda only)")
-        flag("--gradient_checkpointing", action="store_true",
-             help="recompute layers in backward: less memory, a third slower")
+        flag("--gradient_checkpointing", action="store_true", help="recompute layers in backward: less memory, slower")
         flag("--per_device_train_batch_size", type=count, default=2, help="recordings a process takes at once")
         flag("--per_device_eval_batch_size", type=count, default=8, help="the same in validation")
         flag("--gradient_accumulation_steps", type=count, default=1, help="batches that make one step")

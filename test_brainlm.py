@@ -1311,6 +1311,18 @@ def test_broken_recordings_are_refused(data, tmp_path, capsys, case, split):
                    told if "loss" in told else [folder, *told], capsys)
 
 
+def test_empty_recordings_are_refused_where_no_coordinates_say_how_wide_they_are(tmp_path):
+    for column in ([[], []], [[[]] * 20]):
+        folder = write_arrow(tmp_path / "broken", pa.record_batch({
+            "R": pa.array(column, pa.list_(pa.list_(pa.float32())))}))
+        with pytest.raises(BadInput, match="row 0.*(0 timepoints|0 parcels)"):
+            RecordingDataset(folder, "R")
+
+
+def test_heads_are_64_wide_where_that_divides_the_hidden_size():
+    assert [BrainLMConfig(hidden_size=H).num_attention_heads for H in (32, 128, 200, 256)] == [1, 2, 1, 4]
+
+
 def replaced(axis, value):
     return lambda folder: write_arrow(folder, pa.record_batch(
         {name: pa.array([1.0, 2.0, 3.0, 4.0, 5.0, value if name == axis else 6.0]) for name in "XYZ"}))
