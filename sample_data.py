@@ -104,7 +104,8 @@ def column_values(values, type_):
     """One batch of a column as an Arrow array. No number of a recording becomes a Python object on the way."""
     if not pa.types.is_list(type_):
         return pa.array(values, type_)
-    flat = np.concatenate([value.ravel() for value in values], dtype=type_.value_type.value_type.to_pandas_dtype())
+    dtype = HF_NAMES[type_.value_type.value_type]
+    flat = np.concatenate([value.ravel() for value in values], dtype=dtype)
     timepoints, parcels = np.transpose([value.shape for value in values])
     timepoint_starts = np.cumsum([0, *np.repeat(parcels, timepoints)], dtype=np.int64)  # in `flat`
     recording_starts = np.cumsum([0, *timepoints], dtype=np.int64)  # among the timepoints
