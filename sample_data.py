@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -120,10 +121,41 @@ def hf_feature(type_):
     return {"dtype": HF_NAMES[type_], "_type": "Value"}
 
 
-def robust_scale(recording):
-    """(timepoints, parcels) -> float32 of the same shape, each parcel with median 0 and interquartile range 1."""
+def robust_scale(recording, nan="refuse"):
+    """(timepoints, parcels) -> float32 of the same shape, each parcel with median 0 and interquartile range 1.
+
+    A parcel without signal becomes zeros, and a warning names it: one whose interquartile range is at most a
+    millionth of its largest value, which is rounding. NaN or infinity: with nan="refuse" ValueError, naming the
+    first timepoint and parcel; with nan="zero" a parcel that has any becomes zeros as well.
+    """
+    scaled, silent = scale_parcels(recording, nan)
+    if silent.any():
+        numbers = ", ".join(str(parcel) for parcel in np.flatnonzero(silent))
+        warnings.warn(f"parcels {numbers} are without signal: written as zeros", stacklevel=2)
+    return scaled
+
+
+def scale_parcels(recording, nan="refuse"):
+    """What robust_scale does, without its warning: (scaled, silent), silent bool [parcels] where zeros were put."""
+    recording = np.asarray(recording)
+    if nan not in ("refuse", "zero"):
+        raise ValueError(f"nan is {nan!r}, must be 'refuse' or 'zero'")
+    if recording.ndim != 2 or recording.size == 0:
+        raise ValueError(f"need a 2-D array (timepoints, parcels), found shape {recording.shape}")
+    recording = recording.astype(np.result_type(recording, np.float32))  # float16 and integers would overflow
+    broken = ~np.isfinite(recording)
+    if nan == "refuse" and broken.any():
+        timepoint, parcel = np.argwhere(broken)[0]
+        raise ValueError(f"timepoint {timepoint}, parcel {parcel} is {recording[timepoint, parcel]}: "
+                         "repair it, or nan='zero' makes the whole parcel zeros")
+    recording[:, broken.any(axis=0)] = 0
     low, median, high = np.percentile(recording, [25, 50, 75], axis=0)
-    return ((recording - median) / (high - low)).astype(np.float32)
+    spread = high - low
+    silent = spread <= 1e-6 * abs(recording).max(axis=0)
+    spread[silent] = 1
+    scaled = (recording - median) / spread
+    scaled[:, silent] = 0
+    return scaled.astype(np.float32), silent
 
 
 # ---------------------------------------------------------------------------------------------
