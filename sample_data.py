@@ -8,9 +8,13 @@
 """
 import argparse
 import ast
+import contextlib
+import errno
 import hashlib
 import importlib.util
 import json
+import os
+import secrets
 import shutil
 import sys
 import time
@@ -46,39 +50,62 @@ def write_dataset(folder, columns, num_shards=1, rows_per_batch=16):
             raise ValueError(f"column {name!r} has {len(values)} rows where the first column has {num_rows}")
     if not 1 <= num_shards <= num_rows:
         raise ValueError(f"num_shards is {num_shards}: {num_rows} rows make 1 to {num_rows} shards")
-    present = [path.name for path in folder.iterdir()] if folder.exists() else []
+    present = []
+    with contextlib.suppress(FileNotFoundError):
+        present = os.listdir(folder)
     if present and "state.json" not in present:
         raise ValueError(f"{folder} holds {present[0]} and is not a dataset: will not replace it")
 
     types = {name: column_type(name, values) for name, values in columns.items()}
+    # Written beside its place under a name that no other run has, and renamed when complete: a run that is killed,
+    # or writes the same folder at the same time, leaves no half of a dataset behind.
+    unfinished = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
+    unfinished.mkdir(parents=True)
+    try:
+        write_files(unfinished, columns, types, num_shards, rows_per_batch)
+        move_into_place(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)  # there only if something failed
+
+
+def write_files(folder, columns, types, num_shards, rows_per_batch):
+    """The files of a dataset: `columns` as write_dataset takes them, `types` name -> Arrow type."""
+    num_rows = len(next(iter(columns.values())))
     features = {name: hf_feature(type_) for name, type_ in types.items()}
     schema = pa.schema(list(types.items()), {"huggingface": json.dumps({"info": {"features": features}})})
-    unfinished, replaced = (folder.with_name(f".{folder.name}.{what}") for what in ("unfinished", "replaced"))
-    for leftover in unfinished, replaced:  # of a run that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-
     shards = [f"data-{k:05d}-of-{num_shards:05d}.arrow" for k in range(num_shards)]
     bounds = [num_rows * k // num_shards for k in range(num_shards + 1)]
     content = hashlib.sha256()
     for shard, start, stop in zip(shards, bounds, bounds[1:]):
-        with pa.ipc.new_stream(unfinished / shard, schema) as stream:
+        with pa.ipc.new_stream(folder / shard, schema) as stream:
             for i in range(start, stop, rows_per_batch):
                 rows = slice(i, min(i + rows_per_batch, stop))
                 batch = [column_values(values[rows], types[name]) for name, values in columns.items()]
                 stream.write_batch(pa.record_batch(batch, schema=schema))
-        with pa.memory_map(str(unfinished / shard)) as file:
+        with pa.memory_map(str(folder / shard)) as file:
             content.update(file.read_buffer())
     state = {"_data_files": [{"filename": shard} for shard in shards],
              "_fingerprint": content.hexdigest()[:16],  # `datasets` names what it caches after this
              "_format_columns": None, "_format_kwargs": {}, "_format_type": None,
              "_output_all_columns": False, "_split": None}
     info = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
-    (unfinished / "state.json").write_text(json.dumps(state, indent=2))
-    (unfinished / "dataset_info.json").write_text(json.dumps(info, indent=2))
-    if folder.exists():
-        folder.rename(replaced)
-    unfinished.rename(folder)
+    (folder / "state.json").write_text(json.dumps(state, indent=2))
+    (folder / "dataset_info.json").write_text(json.dumps(info, indent=2))
+
+
+def move_into_place(new, folder):
+    """Rename `new` to `folder`, replacing what is there, also what another run puts there at this very moment."""
+    replaced = new.with_name(f"{new.name}.replaced")
+    replaced.mkdir()
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(replaced / secrets.token_hex(8))
+        try:
+            new.rename(folder)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 
