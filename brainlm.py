@@ -22,15 +22,15 @@ S = 1 + N * V sequence length. BrainLM: Ortega Caro et al., ICLR 2024 (https://o
 import argparse
 import contextlib
 import ctypes
+import datetime
 import functools
+import hashlib
 import importlib
 import json
 import math
 import os
-import signal as signals
 import sys
 import time
-import timeit
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -80,8 +80,9 @@ class BrainLMConfig:
             self.intermediate_size = 4 * self.hidden_size
         if self.num_attention_heads is None:
             self.num_attention_heads = math.gcd(self.hidden_size, max(1, self.hidden_size // 64))
-        for name, value in asdict(self).items():
-            if self.__annotations__[name] is int and (not isinstance(value, int) or value < 1):
+        for option in fields(self):
+            name, value = option.name, getattr(self, option.name)
+            if option.type is int and (not isinstance(value, int) or value < 1):
                 raise BadInput(f"{name} is {value!r}: it must be a whole number, at least 1")
             if "dropout" in name and not 0 <= value < 1:
                 raise BadInput(f"{name} is {value}: it must lie in [0, 1)")
@@ -252,17 +253,29 @@ class RecordingDataset:
 
     def window(self, row, start=0, num_timepoints=None, stride=1):
         """num_timepoints of one recording (None: to its end), every stride-th from timepoint start on, as numpy [T, V]
-        in the dataset's own dtype: a view of the file, not a copy. Raises BadInput at missing values, NaN, infinity."""
-        T, V = stride * num_timepoints if num_timepoints else int(self.lengths[row]) - start, self.num_parcels
+        in the dataset's own dtype: a view of the file, not a copy. Raises BadInput past the recording's end."""
+        length, V = int(self.lengths[row]), self.num_parcels
+        T = length - start if num_timepoints is None else stride * num_timepoints
+        if not 0 <= start <= start + T <= length:
+            self.refuse(f"row {row} has {length} timepoints: there is no window of {T} from timepoint {start} on")
         values = self.values.slice((int(self.starts[row]) + start) * V, T * V)       # of one chunk, as all rows are
         signal = values.chunk(0).to_numpy(zero_copy_only=False).reshape(T, V)
-        with np.errstate(over="ignore"):                # what is too large for float32 is infinite for the model
-            finite = np.isfinite(signal.astype(np.float32, copy=False))
-        if not finite.all():
-            t, v = np.argwhere(~finite)[0]
-            self.refuse(f"row {row}, timepoint {start + t}, parcel {v} is {signal[t, v]}: "
-                        "repair it or leave the row out")
         return signal[::stride]
+
+    def check_values(self):
+        """Read every number once and refuse NaN, infinity and missing values: better before the first step of training
+        than in the middle of it. Says how far it is where that takes longer than a few seconds."""
+        told = time.monotonic()
+        for row in range(len(self)):
+            signal = self.window(row)
+            with np.errstate(over="ignore"):            # what is too large for float32 is infinite for the model
+                finite = np.isfinite(signal.astype(np.float32, copy=False))
+            if not finite.all():
+                t, v = np.argwhere(~finite)[0]
+                self.refuse(f"row {row}, timepoint {t}, parcel {v} is {signal[t, v]}: repair it or leave the row out")
+            if time.monotonic() > told + 5:
+                told = time.monotonic()
+                say(f"checking {self.path}: {row + 1} of {len(self)} recordings")
 
     def batch(self, windows, num_timepoints):
         """float32 tensor [B, T, V] of the windows [(row, start) or (row, start, stride), ...]."""
@@ -281,17 +294,21 @@ class RecordingDataset:
         of each; with probability stride_prob of every 2nd or 3rd timepoint, where the recording is long enough, as if
         scanned more slowly. A function of seed and n: resumed and distributed runs see the same samples."""
         epoch, i = divmod(n, len(rows))
-        row = int(rows[epoch_order(len(rows), epoch, seed)[i]])
-        rng = np.random.default_rng([seed, epoch, i])
-        stride = int(rng.integers(2, 4)) if rng.random() < stride_prob else 1
-        stride = min(stride, int(self.lengths[row]) // num_timepoints)
-        return row, int(rng.integers(self.lengths[row] - stride * num_timepoints + 1)), stride
+        row = int(rows[torch.randperm(len(rows), generator=generator(seed, "order of the rows", epoch))[i]])
+        random = generator(seed, "window", n)
+        stride = 1
+        if torch.rand((), generator=random) < stride_prob:
+            stride = min(int(torch.randint(2, 4, (), generator=random)), int(self.lengths[row]) // num_timepoints)
+        last = int(self.lengths[row]) - stride * num_timepoints
+        return row, int(torch.randint(last + 1, (), generator=random)), stride
 
 
-@functools.lru_cache(maxsize=2)
-def epoch_order(num_rows, epoch, seed):
-    """A permutation of the rows: int64 [num_rows]."""
-    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+def generator(seed, stream, number):
+    """A random generator for one use: (0, "mask", 17) is that of the mask of sample 17. All randomness of training is a
+    function of the seed and the number of the step or sample, not of a stream that is consumed: a resumed run needs no
+    random state, and any number of processes draws the same."""
+    digest = hashlib.sha256(f"{seed}, {stream}, {number}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -324,9 +341,9 @@ class SpatialEncoding(nn.Module):
 
     def forward(self, xyz):
         wavelengths = 256.0 / 2 ** torch.arange(self.num_octaves, device=xyz.device)  # mm: 256, 128, ..., 2
-        angles = 2 * math.pi * xyz[:, :, None] / wavelengths                         # [V, 3, octaves]
+        angles = 2 * math.pi * xyz.float()[:, :, None] / wavelengths                         # [V, 3, octaves]
         waves = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)           # [V, 6 * octaves]
-        return self.linear(waves)
+        return self.linear(waves.to(self.linear.weight.dtype))
 
 
 def temporal_encoding(N, hidden_size, device=None):
@@ -377,8 +394,9 @@ class CPUAttention(torch.autograd.Function):
     q (scaled), k, v [B * heads, S, D].
 
     Rows' largest scores are taken off before scores are rounded, where bfloat16 would cost large ones a tenth of their
-    weight: as one more column of q, beside ones in k, they are part of the product, which sums in float32. Backward
-    computes the weights again instead of storing S x S of them; transposed, as two of its three products need them.
+    weight: as one more column of q, beside ones in k, they are part of the product, which sums in float32. (Above some
+    10,000 the largest is itself rounded by tens: the clamp keeps exp and its sum finite.) Backward computes the weights again
+    instead of storing S x S of them; transposed, as two of its three products need them.
     """
 
     @staticmethod
@@ -394,7 +412,7 @@ class CPUAttention(torch.autograd.Function):
         out, total = torch.empty_like(v), torch.empty_like(q[:, :, :1])
         for heads, rows, past in CPUAttention.tiles(*q.shape[:2], V):
             q1[heads, rows, -1:] = -(q[heads, rows] @ k[heads, past].mT).amax(dim=2, keepdim=True)
-            weights = (q1[heads, rows] @ k1[heads, past].mT).exp_()                  # [heads, rows, past], at most ~1
+            weights = (q1[heads, rows] @ k1[heads, past].mT).clamp_(-64, 64).exp_()   # [heads, rows, past], at most ~1
             total[heads, rows] = weights.sum(dim=2, keepdim=True)
             out[heads, rows] = weights @ v[heads, past]
         out /= total
@@ -410,7 +428,7 @@ class CPUAttention(torch.autograd.Function):
         grad1, v1 = torch.cat([grad, -(grad * out).sum(dim=2, keepdim=True)], dim=2), F.pad(v, (0, 1), value=1.0)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for heads, rows, past in CPUAttention.tiles(*q.shape[:2], ctx.V):
-            weights = (k1[heads, past] @ q1[heads, rows].mT).exp_()                  # [heads, past, rows]
+            weights = (k1[heads, past] @ q1[heads, rows].mT).clamp_(-64, 64).exp_()   # [heads, past, rows]
             dv[heads, past] += weights @ grad[heads, rows]
             dscores = weights.mul_(v1[heads, past] @ grad1[heads, rows].mT)
             dk[heads, past] += dscores @ q[heads, rows]
@@ -522,7 +540,8 @@ class BrainLM(Pretrained):
     def positions(self, xyz, N):
         """Where each parcel is, [V, H], when each temporal token is, [N, H], and both, side by side, for each token of
         the sequence, [S, 2 * H], zero for CLS."""
-        where, when = self.spatial_encoding(xyz), temporal_encoding(N, self.config.hidden_size, xyz.device)
+        where = self.spatial_encoding(xyz)
+        when = temporal_encoding(N, self.config.hidden_size, xyz.device).to(self.cls_token.dtype)
         both = torch.cat([where.repeat(N, 1), when.repeat_interleave(len(xyz), dim=0)], dim=1)
         return where, when, F.pad(both, (0, 0, 1, 0))
 
@@ -534,7 +553,7 @@ class BrainLM(Pretrained):
         if T % P or V != len(xyz):
             raise BadInput(f"signal has {T} timepoints and {V} parcels: the first must be a multiple of {P}, the "
                            f"second equal the {len(xyz)} coordinates")
-        content = self.patch_projection(patchify(signal, P))                         # [B, N, V, H]
+        content = self.patch_projection(patchify(signal, P).to(self.cls_token.dtype))                # [B, N, V, H]
         if mask is not None:
             content = torch.where(mask[..., None], self.mask_token.to(content.dtype), content)
         where, when, position = self.positions(xyz, T // P)
@@ -676,7 +695,7 @@ def optional(package):
 
 def write_atomically(path, write):
     """Call write(file) on a new file beside path and rename it into place: at any instant path is the old file or the
-    new one. Raises BadInput if that fails (disk full, no permission); the old file is then still there."""
+    new one. Raises OSError if that fails (disk full, no permission); the old file is then still there."""
     temporary = Path(path).with_name(f".{Path(path).name}.part")
     try:
         with open(temporary, "wb") as file:
@@ -687,8 +706,7 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as error:                        # torch.save wraps OSError into RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise BadInput(f"could not write {path} ({first_line(error)}): what was saved before is "
-                       "intact") from None
+        raise OSError(f"could not write {path} ({first_line(error)}): what was saved before is intact") from None
 
 
 def to_json(content, indent=None):
@@ -715,19 +733,20 @@ def load_tensors(path):
 
 
 def save_model(model, folder):
-    """Write a BrainLM or BrainLMRegressor as a folder that from_pretrained, and the Hugging Face Hub, can read."""
+    """Write a BrainLM or BrainLMRegressor as a folder that from_pretrained, and the Hugging Face Hub, can read. In a
+    notebook into which this file was pasted there is no file to copy: the Hub then lacks brainlm.py."""
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"{folder}: cannot make this folder ({error.strerror})") from None
+    folder.mkdir(parents=True, exist_ok=True)
     hub_model = "BrainLMForRegression" if isinstance(model, BrainLMRegressor) else "BrainLMForPreTraining"
     write_json(folder / "config.json", asdict(model.config) | {
         "model_type": "brainlm", "architectures": [hub_model],
         "auto_map": {"AutoConfig": f"brainlm.{hub_model}Config", "AutoModel": f"brainlm.{hub_model}",
                      "AutoModelForPreTraining": f"brainlm.{hub_model}"}})
-    write_atomically(folder / "brainlm.py", lambda file: file.write(Path(__file__).read_bytes()))
+    if "__file__" in globals():
+        source = Path(__file__).read_bytes()
+        write_atomically(folder / "brainlm.py", lambda file: file.write(source))
     write_atomically(folder / "pytorch_model.bin", lambda file: torch.save(model.state_dict(), file))
+    (folder / "model.safetensors").unlink(missing_ok=True)      # of another model: one folder, one model
 
 
 def load_model(model_class, name_or_path):
@@ -751,7 +770,7 @@ def load_model(model_class, name_or_path):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{folder / 'config.json'} is missing or is no BrainLM configuration ({error!r})") from None
     safe, plain = folder / "model.safetensors", folder / "pytorch_model.bin"
-    weights = load_tensors(safe if safe.exists() and not plain.exists() else plain)
+    weights = load_tensors(safe if safe.exists() else plain)    # of two, the one that transformers takes
     weights = {str(name).removeprefix("model."): value for name, value in weights.items()}       # the Hub's prefix
     if model_class is BrainLM and "target_mean" in weights:
         weights = {name.removeprefix("backbone."): value for name, value in weights.items() if "backbone." in name}
@@ -778,7 +797,8 @@ def __getattr__(name):
         model_type = "brainlm"
 
         def __init__(self, **values):
-            super().__init__(**asdict(BrainLMConfig()) | values)
+            settings = {option.name for option in fields(BrainLMConfig)} & values.keys()
+            super().__init__(**values | asdict(BrainLMConfig(**{name: values[name] for name in settings})))
 
     class Model(transformers.PreTrainedModel):
         config_class, base_model_prefix = Config, "model"
@@ -840,7 +860,7 @@ def model_predictor(model, xyz, device, dtype=torch.float32):
     return predict
 
 
-def score_reconstruction(predictors, dataset, windows, config, forward=False, batch_size=8):
+def score_reconstruction(predictors, dataset, windows, config, forward, batch_size):
     """{name: error_sums} of {name: predictor} over windows [(row, start), ...] under the random or the forward mask.
 
     The i-th window always gets the same mask. In a distributed run every process takes its share of the windows.
@@ -886,15 +906,22 @@ def gaussian_conditional(dataset):
 
 def ridge_regression(pairs):
     """Sums over pairs (inputs [n, a], outputs [n, b]), one for each recording. Returns a function: ridge -> the weights
-    [a, b] and the intercept [b]."""
-    gram, moment = 0.0, 0.0
+    [a, b] and the intercept [b], which no ridge shrinks: inputs and outputs are centred first."""
+    count, input_sum, output_sum, gram, moment = 0, 0.0, 0.0, 0.0, 0.0
     for inputs, outputs in pairs:
-        inputs = np.column_stack([inputs, np.ones(len(inputs))])
-        gram, moment = gram + inputs.T @ inputs, moment + inputs.T @ outputs
+        count += len(inputs)
+        input_sum = input_sum + inputs.sum(axis=0)
+        output_sum = output_sum + outputs.sum(axis=0)
+        gram = gram + inputs.T @ inputs
+        moment = moment + inputs.T @ outputs
+    input_mean, output_mean = input_sum / count, output_sum / count
+    gram = gram - count * np.outer(input_mean, input_mean)
+    moment = moment - count * np.outer(input_mean, output_mean)
+    scale = max(np.trace(gram) / len(gram), 1e-12)              # all constant: predict the mean
 
     def solve(ridge):
-        weights = np.linalg.solve(gram + ridge * np.trace(gram) / len(gram) * np.eye(len(gram)), moment)
-        return weights[:-1], weights[-1]
+        weights = np.linalg.solve(gram + ridge * scale * np.eye(len(gram)), moment)
+        return weights, output_mean - input_mean @ weights
     return solve
 
 
@@ -937,7 +964,7 @@ def forecasting_baselines(dataset, P):
         [("ridge autoregression", autoregression), ("2-lag vector autoregression", vector_autoregression)]}
 
 
-def evaluate_reconstruction(model, xyz, device, dtype, train_set, val_set, windows):
+def evaluate_reconstruction(model, xyz, device, dtype, train_set, val_set, windows, batch_size):
     """The first two tables of the evaluation, {title: {method: {score: value}}}: masked patches and forecasting, the
     model beside the baselines, each baseline at the ridge that suits these very windows best."""
     config, tables = model.config, {}
@@ -948,11 +975,16 @@ def evaluate_reconstruction(model, xyz, device, dtype, train_set, val_set, windo
                       functools.partial(forecasting_baselines, P=P)))
     for title, forward, opponents in tasks:
         predictors = {("BrainLM", 0): model_predictor(model, xyz, device, dtype), **opponents(train_set)}
-        sums = score_reconstruction(predictors, val_set, windows, config, forward)
-        table = tables[title] = {"BrainLM": {}}                      # the first line
-        for (name, ridge), each in sorted(sums.items(), key=lambda item: scores(item[1].sum(dim=1))["R2"]):
+        sums = score_reconstruction(predictors, val_set, windows, config, forward, batch_size)
+        rows = []
+        for (name, ridge), each in sums.items():
             by_horizon = {f"R2 at {h}": scores(each[:, h - 1])["R2"] for h in HORIZONS if forward and h <= P}
-            table[name] = scores(each.sum(dim=1)) | by_horizon | ({"ridge": ridge} if ridge else {})
+            rows.append((name, scores(each.sum(dim=1)) | by_horizon | ({"ridge": ridge} if ridge else {})))
+        rows.sort(key=lambda row: row[1]["R2"], reverse=True)
+        table = tables[title] = {"BrainLM": {}}                      # the first line; then the best method first
+        for name, row in rows:
+            if not table.get(name):                                  # of one method the best ridge
+                table[name] = row
     return tables
 
 
@@ -1076,6 +1108,19 @@ def say(message):
         print(message, flush=True)
 
 
+def barrier():
+    if world_size() > 1:
+        dist.barrier()
+
+
+def from_rank_0(value):
+    """What rank 0 passes, on every rank: whatever depends on one machine's files or processor is decided there."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
 def sum_over_processes(tensor):
     if world_size() > 1:
         on_device = tensor.cuda() if dist.get_backend() == "nccl" else tensor
@@ -1085,7 +1130,7 @@ def sum_over_processes(tensor):
 
 
 def pick_device(args):
-    """--device and --dtype auto: the fastest that the machine has. Starts the process group under torchrun."""
+    """--device, where auto is the fastest that the machine has. Starts the process group under torchrun."""
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -1098,9 +1143,20 @@ def pick_device(args):
         dist.init_process_group("nccl" if name == "cuda" else "gloo")
     if name == "cpu":
         keep_freed_memory()
-    if args.dtype != "auto":
-        return device, getattr(torch, args.dtype)
-    return device, torch.bfloat16 if name == "cuda" or name == "cpu" and fast_bfloat16() else torch.float32
+    return device
+
+
+def pick_dtype(args, device, recorded=None):
+    """--dtype, where auto is what a resumed run was trained in so far, else bfloat16 where it is faster: on GPUs of CUDA
+    and on CPUs with units for it. Other CPUs emulate it. No stopwatch: the same machine always gets the same type."""
+    name = args.dtype
+    if name == "auto":
+        name = recorded or "float32"
+        units = torch.cpu.get_capabilities()
+        if not recorded and (device.type == "cuda" or
+                             device.type == "cpu" and (units.get("amx_bf16") or units.get("avx512_bf16"))):
+            name = "bfloat16"
+    return getattr(torch, from_rank_0(name))
 
 
 def keep_freed_memory():
@@ -1112,50 +1168,34 @@ def keep_freed_memory():
             mallopt(option, value)
 
 
-def fast_bfloat16():
-    """Whether this CPU multiplies matrices clearly faster in bfloat16: some have units for it, others emulate it."""
-    seconds = []
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(1024, 1024, dtype=dtype)
-        seconds.append(min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=7)))
-    return seconds[0] > 1.5 * seconds[1]
-
-
-def seeded(*numbers):
-    """A random generator for these numbers. All randomness of training is a function of (seed, step or sample), not of
-    a stream that is consumed: a resumed run needs no random state, and any number of processes draws the same."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
-
-
 class RunFolder:
-    """The output folder of a run, one process's own while it trains: checkpoints, metrics.jsonl, args.json."""
+    """The output folder of a run, one process's own while it trains. Rank 0 alone reads and writes it: other ranks, that
+    may be on machines without this disk, are told what it holds.
+
+    state is what a stopped run left there, else None; metrics are the lines of metrics.jsonl.
+    """
+
+    FILES = ("training_state.pt", "config.json", "pytorch_model.bin", "brainlm.py", "args.json", "metrics.jsonl",
+             "README.md", "evaluation.json", "evaluation.png")
 
     def __init__(self, args, config):
-        self.path, self.lock = Path(args.output_dir), None
-        self.state, stored = None, {name: value for name, value in vars(args).items() if name != "run"}
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if rank() == 0:
-                self.take_lock()
-        except OSError as error:
-            raise BadInput(f"{self.path}: cannot write to this folder ({error.strerror})") from None
-        if args.overwrite_output_dir and rank() == 0:
-            for name in ("pytorch_model.bin", "training_state.pt", "metrics.jsonl", "args.json", "config.json"):
-                (self.path / name).unlink(missing_ok=True)
-        if world_size() > 1:
-            dist.barrier()
-        if (self.path / "args.json").exists() or (self.path / "config.json").exists():
-            self.check(args, config)
-        if (self.path / "training_state.pt").exists():
-            try:
-                self.state = load_tensors(self.path / "training_state.pt")
-            except BadInput as error:
-                raise BadInput(f"{error}: start anew with --overwrite_output_dir") from None
-        if world_size() > 1:
-            dist.barrier()                              # all have read what rank 0 is about to write anew
+        self.path, self.lock, state = Path(args.output_dir), None, None
+        self.args = {name: value for name, value in vars(args).items() if name != "run"}
+        if args.model_name_or_path and Path(args.model_name_or_path).resolve() == self.path.resolve():
+            raise BadInput(f"--output_dir {self.path} is the folder that training starts from: choose another")
         if rank() == 0:
-            write_json(self.path / "args.json", stored)
-            self.keep_metrics(self.state["step"] if self.state else 0)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.take_lock()
+            present = [name for name in self.FILES if (self.path / name).exists()]
+            if present and "training_state.pt" not in present:
+                raise BadInput(f"{self.path} holds {present[0]}, and not of a run: choose another --output_dir")
+            if args.overwrite_output_dir:
+                for name in reversed(present):          # training_state.pt last: until then it is known as a run
+                    (self.path / name).unlink()
+            elif present:
+                state = self.read_state(args, config)
+        self.state = from_rank_0(state)
+        self.metrics = self.state["metrics"] if self.state else []
 
     def take_lock(self):
         with contextlib.suppress(ImportError):          # Windows has no fcntl: no lock there
@@ -1165,54 +1205,46 @@ class RunFolder:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)       # ends with the process, however it ends
             except BlockingIOError:
                 raise BadInput(f"{self.path} is in use: another process is training there") from None
+            except OSError:
+                pass                                    # a file system without locks
 
-    def check(self, args, config):
-        """Refuse to go on with a folder that holds another kind of run or another model."""
+    def read_state(self, args, config):
+        """training_state.pt, refused if it is of another kind of run or of another model."""
         try:
-            old_args, old_config = json.loads((self.path / "args.json").read_text()), {}
-            if (self.path / "config.json").exists():
-                old_config = json.loads((self.path / "config.json").read_text())
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{self.path} holds something that is no run ({error}): choose another --output_dir or add "
-                           "--overwrite_output_dir") from None
-        differences = [f"{name} {old_config[name]} there and {value} now" for name, value in asdict(config).items()
-                       if old_config.get(name, value) != value]
+            state = load_tensors(self.path / "training_state.pt")
+        except BadInput as error:
+            raise BadInput(f"{error}: start anew with --overwrite_output_dir") from None
+        before, before_config = state.get("args"), state.get("config")
+        if before is None or before_config is None:
+            raise BadInput(f"{self.path} holds a run of another version of this program: choose another --output_dir, "
+                           "or start anew with --overwrite_output_dir")
+        differences = [f"{name} {before_config.get(name)} there and {value} now"
+                       for name, value in asdict(config).items() if before_config.get(name) != value]
         for name in ("command", "variable_of_interest_col_name", "freeze_backbone"):
-            if old_args.get(name) != getattr(args, name, None):
-                differences.append(f"{name} {old_args.get(name)} there and {getattr(args, name, None)} now")
+            if before.get(name) != self.args.get(name):
+                differences.append(f"{name} {before.get(name)} there and {self.args.get(name)} now")
         if differences:
             raise BadInput(f"{self.path} holds a run with other flags ({'; '.join(differences)}): use the same flags "
                            "to resume it, another --output_dir, or --overwrite_output_dir to start anew")
-        for name, value in vars(args).items():
-            if name not in ("run", "output_dir", "overwrite_output_dir") and old_args.get(name) != value:
-                say(f"note: resuming with {name} {value}, was {old_args.get(name)}")
-
-    def keep_metrics(self, step):
-        """Drop the lines that a killed run wrote after its last checkpoint: they will be written again."""
-        file, kept = self.path / "metrics.jsonl", []
-        if file.exists():
-            for line in file.read_text().splitlines():
-                with contextlib.suppress(ValueError):   # the last line may be cut
-                    metrics = json.loads(line)
-                    if metrics["step"] <= step and "tables" not in metrics:
-                        kept.append(line + "\n")
-        write_atomically(file, lambda out: out.write("".join(kept).encode()))
+        for name, value in self.args.items():
+            if name not in ("output_dir", "overwrite_output_dir") and before.get(name) != value:
+                say(f"note: resuming with {name} {value}, was {before.get(name)}")
+        return state
 
     def log(self, **metrics):
+        self.metrics.append(to_json(metrics))
         if rank() == 0:
-            try:
-                with open(self.path / "metrics.jsonl", "a") as file:
-                    file.write(to_json(metrics))
-            except OSError as error:
-                raise BadInput(f"could not write {self.path / 'metrics.jsonl'} ({error.strerror}): the last checkpoint "
-                               "is intact") from None
+            with open(self.path / "metrics.jsonl", "a") as file:
+                file.write(self.metrics[-1])
 
-    def save(self, model, optimizers, step, loss_sum):
-        """First training_state.pt, complete, so that what resumes is always of one step; then the model for users."""
+    def save(self, model, state):
+        """First training_state.pt, complete, so that what resumes is always of one step; then what users read."""
         if rank() == 0:
-            state = {"step": step, "loss_sum": loss_sum, "model": model.state_dict(),
-                     "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+            state = state | {"model": model.state_dict(), "metrics": self.metrics, "args": self.args,
+                             "config": asdict(model.config)}
             write_atomically(self.path / "training_state.pt", lambda file: torch.save(state, file))
+            write_json(self.path / "args.json", self.args)
+            write_atomically(self.path / "metrics.jsonl", lambda file: file.write("".join(self.metrics).encode()))
             model.save_pretrained(self.path)
 
 
@@ -1232,95 +1264,88 @@ def make_optimizers(model, learning_rate, weight_decay):
                                     weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
 
 
-@contextlib.contextmanager
-def noted_signals():
-    """Within, SIGINT and SIGTERM only add their number to the list it yields: a step ends before the run does."""
-    received = []
-    before = {number: signals.signal(number, lambda number, frame: received.append(number))
-              for number in (signals.SIGINT, signals.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signals.signal(number, handler)
-
-
 def fit(args, model, folder, device, dtype, num_recordings, batch_loss, validate):
-    """Train model and leave it in folder; both commands come here.
+    """Train model and leave it in folder; both commands come here. Returns the number of steps.
 
     batch_loss(model, samples, step) -> scalar loss of the samples with these numbers; validate() -> {metric: value}.
     Sample numbers go on from step to step; of each step's, every process and every accumulated batch takes its own.
     """
     batch, accumulation, world = args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size()
     samples_per_step = batch * accumulation * world
-    num_steps = args.max_steps or math.ceil(args.num_train_epochs * num_recordings / samples_per_step)
-    warmup = max(1, round(args.warmup_ratio * num_steps))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = make_optimizers(model, args.learning_rate, args.weight_decay)
-    first_step, loss_sum = 0, 0.0
+    first_step, samples, loss_sum, loss_count = 0, 0, 0.0, 0         # losses since the last line of progress
     if folder.state:
         try:
             model.load_state_dict(folder.state["model"])
             for optimizer, state in zip(optimizers, folder.state["optimizers"], strict=True):
                 settings = optimizer.state_dict()["param_groups"]   # from the flags of now
                 optimizer.load_state_dict(state | {"param_groups": settings})
-            first_step, loss_sum = folder.state["step"], folder.state["loss_sum"]
+            first_step, samples = folder.state["step"], folder.state["samples"]
+            loss_sum, loss_count = folder.state["loss_sum"], folder.state["loss_count"]
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{folder.path / 'training_state.pt'} does not fit this model "
                            f"({first_line(error)}): start anew with --overwrite_output_dir") from None
         folder.state = None
+    left = math.ceil(args.num_train_epochs * num_recordings - samples) / samples_per_step
+    num_steps = args.max_steps or first_step + max(0, math.ceil(left))
+    if num_steps < first_step:
+        raise BadInput(f"--max_steps {num_steps}: {folder.path} has been trained for {first_step} steps already")
+    if first_step:
         say(f"resuming {folder.path} after step {first_step} of {num_steps}")
-    folder.save(model, optimizers, first_step, loss_sum)    # loadable from the start, however the last run ended
+    warmup = max(1, round(args.warmup_ratio * num_steps))
+
+    def save(step):
+        folder.save(model, {"step": step, "samples": samples, "loss_sum": loss_sum, "loss_count": loss_count,
+                            "dtype": str(dtype).removeprefix("torch."),
+                            "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+
+    save(first_step)                                    # loadable from the start, however the last run ended
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     compiled = device.type == "cuda" if args.compile is None else args.compile
     stepper = torch.compile(parallel) if compiled else parallel
     started = time.monotonic()
-    with noted_signals() as received:
-        for step in range(first_step, num_steps):
-            decayed = max(0, step - warmup) / max(1, num_steps - warmup)             # 0 at the end of warm-up, to 1
-            rate = args.learning_rate * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * decayed))
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = rate * group["scale"]
-            torch.manual_seed(seeded(args.seed, step, rank()).initial_seed())    # for dropout
-            model.train()
-            loss = 0.0
-            for i in range(accumulation):
-                first = (step * accumulation + i) * batch * world + rank() * batch
-                with autocast(device, dtype):
-                    part = batch_loss(stepper, range(first, first + batch), step) / accumulation
-                part.backward()
-                loss += part.item()
-            loss, stops = sum_over_processes(torch.tensor([loss / world, len(received)], dtype=torch.float64)).tolist()
-            norm = nn.utils.clip_grad_norm_(trained, 1.0)
-            if not math.isfinite(loss) or not norm.isfinite():
-                raise BadInput(f"step {step + 1}: the loss is {loss} and its gradient's norm {norm:.3g}, training "
-                               f"stops and {folder.path} keeps its last checkpoint (try a lower --learning_rate, or "
-                               "--dtype float32)")
-            if step > first_step and step % args.save_steps == 0:    # only now is it known that this model was good
-                folder.save(model, optimizers, step, loss_sum)
-            for optimizer in optimizers:
-                optimizer.step()
-            model.zero_grad()
+    for step in range(first_step, num_steps):
+        decayed = max(0, step - warmup) / max(1, num_steps - warmup)                 # 0 at the end of warm-up, to 1
+        rate = args.learning_rate * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * decayed))
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = rate * group["scale"]
+        torch.manual_seed(generator(args.seed, "dropout", step * world + rank()).initial_seed())
+        model.train()
+        loss = torch.zeros((), dtype=torch.float64)
+        for i in range(accumulation):
+            first = samples + (i * world + rank()) * batch
+            with autocast(device, dtype):
+                part = batch_loss(stepper, range(first, first + batch), step) / accumulation
+            part.backward()
+            loss += part.item()
+        loss = sum_over_processes(loss).item() / world
+        norm = nn.utils.clip_grad_norm_(trained, 1.0)
+        if not math.isfinite(loss) or not norm.isfinite():
+            raise BadInput(f"step {step + 1}: the loss is {loss} and its gradient's norm {norm:.3g}, training "
+                           f"stops and {folder.path} keeps its last checkpoint (try a lower --learning_rate, or "
+                           "--dtype float32)")
+        if step > first_step and step % args.save_steps == 0:       # only now is it known that this model was good
+            save(step)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
 
-            loss_sum, done, last = loss_sum + loss, step + 1, step + 1 == num_steps
-            if done % args.logging_steps == 0 or last:
-                speed = (done - first_step) / (time.monotonic() - started)
-                mean = loss_sum / ((done - 1) % args.logging_steps + 1)
-                left = time.strftime("%H:%M:%S", time.gmtime((num_steps - done) / speed))
-                say(f"step {done:>{len(str(num_steps))}}/{num_steps}  loss {mean:.4f}  lr {rate:.2e}  "
-                    f"{speed * samples_per_step:.1f} samples/s  {left} left")
-                folder.log(step=done, loss=mean, learning_rate=rate, seconds=round(time.monotonic() - started, 2))
-                loss_sum = 0.0
-            if args.eval_steps and done % args.eval_steps == 0 and not last:
-                metrics = validate()
-                say("  validation  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-                folder.log(step=done, **metrics)
-            if stops or last:
-                folder.save(model, optimizers, done, loss_sum)
-            if stops and not last:
-                say(f"stopped after step {done} of {num_steps}, saved in {folder.path}: "
-                    "the same command goes on from here")
-                sys.exit(128 + (received or [signals.SIGTERM])[0])
+        samples, loss_sum, loss_count = samples + samples_per_step, loss_sum + loss, loss_count + 1
+        done, last = step + 1, step + 1 == num_steps
+        if done % args.logging_steps == 0 or last:
+            seconds, mean = time.monotonic() - started, loss_sum / loss_count
+            speed = (done - first_step) / seconds
+            left = datetime.timedelta(seconds=round((num_steps - done) / speed))
+            say(f"step {done:>{len(str(num_steps))}}/{num_steps}  loss {mean:.4f}  lr {rate:.2e}  "
+                f"{speed * samples_per_step:.1f} samples/s  {left} left")
+            folder.log(step=done, loss=mean, learning_rate=rate, seconds=round(seconds, 2))
+            loss_sum, loss_count = 0.0, 0
+        if args.eval_steps and done % args.eval_steps == 0 and not last:
+            metrics = validate()
+            say("  validation  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+            folder.log(step=done, **metrics)
+    save(num_steps)
     model.eval()
     return num_steps
 
@@ -1332,15 +1357,18 @@ def fit(args, model, folder, device, dtype, num_recordings, batch_loss, validate
 def open_data(args, window, max_train=None, max_val=None):
     """Coordinates, training and validation recordings of a command; makes the sample data if none are named."""
     paths = (args.train_dataset_path, args.val_dataset_path, args.coords_dataset_path)
-    if not Path("sample_data").exists() and all(path.startswith("./sample_data/") for path in paths):
-        if rank() == 0:
+    if all(path.startswith("./sample_data/") for path in paths):
+        if not Path("sample_data/train/state.json").exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             say("no ./sample_data yet: making it (python sample_data.py)")
-            optional("sample_data").make_sample_data("./sample_data")
-        if world_size() > 1:
-            dist.barrier()
+            if not Path(__file__).with_name("sample_data.py").exists():
+                raise BadInput(f"no sample_data.py beside {__file__}: get it too, or name datasets of your own")
+            importlib.import_module("sample_data").make_sample_data("./sample_data")
+        barrier()                                       # one process of each machine makes them, all wait
     xyz, networks = read_coordinates(args.coords_dataset_path)
     sets = [RecordingDataset(path, args.recording_col_name, window, len(xyz), max_samples)
             for path, max_samples in ((args.train_dataset_path, max_train), (args.val_dataset_path, max_val))]
+    for dataset in sets:
+        dataset.check_values()
     say(f"data: {len(sets[0])} training and {len(sets[1])} validation recordings, {len(xyz)} parcels, "
         f"windows of {window}")
     return xyz, networks, *sets
@@ -1361,7 +1389,10 @@ def describe(args, model, S, device, dtype):
 def finish(folder, num_steps, tables, dataset):
     """Print the tables, log them, and put them into the run folder's model card, which the Hub shows."""
     say(markdown(tables))
-    folder.log(step=num_steps, tables=tables)
+    if rank() > 0:
+        return
+    with open(folder.path / "metrics.jsonl", "a") as file:      # after what the training state holds: made anew each time
+        file.write(to_json({"step": num_steps, "tables": tables}))
     config = json.loads((folder.path / "config.json").read_text())
     card = f"""---
 license: apache-2.0
@@ -1379,31 +1410,31 @@ tags: [fmri, brainlm]
 Load it with `AutoModelForPreTraining.from_pretrained(..., trust_remote_code=True)`, or with the file `brainlm.py` here.
 The method: Ortega Caro et al., BrainLM: A foundation model for brain activity recordings, ICLR 2024.
 """
-    if rank() == 0:
-        write_atomically(folder.path / "README.md", lambda file: file.write(card.encode()))
+    write_atomically(folder.path / "README.md", lambda file: file.write(card.encode()))
 
 
 def pretrain(args):
     """Learn to reconstruct hidden tokens."""
     flags = {each.name: getattr(args, each.name) for each in fields(BrainLMConfig) if each.name in args}
     if args.model_name_or_path:
-        model = BrainLM.from_pretrained(args.model_name_or_path)
-        flags = asdict(model.config) | flags
+        weights = BrainLM.from_pretrained(args.model_name_or_path)
+        flags = asdict(weights.config) | flags
         shape = [name for name in ("timepoint_patching_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                                   "intermediate_size") if flags[name] != getattr(model.config, name)]
+                                   "intermediate_size") if flags[name] != getattr(weights.config, name)]
         if shape:
             raise BadInput(f"--{shape[0]} {flags[shape[0]]}: the weights of {args.model_name_or_path} have "
-                           f"{getattr(model.config, shape[0])}")
+                           f"{getattr(weights.config, shape[0])}")
     config = BrainLMConfig(**flags)
     T, P = config.num_timepoints_per_voxel, config.timepoint_patching_size
-    device, dtype = pick_device(args)
+    device = pick_device(args)
     xyz, _, train_set, val_set = open_data(args, T, args.max_train_samples, args.max_eval_samples)
     random_mask(1, T // P, len(xyz), config.mask_ratio)     # refuses a ratio that hides nothing; no folder is made yet
     folder = RunFolder(args, config)
-    if not args.model_name_or_path:
-        torch.manual_seed(args.seed)
-        model = BrainLM(config)
-    model.config = config
+    dtype = pick_dtype(args, device, folder.state and folder.state["dtype"])
+    torch.manual_seed(args.seed)
+    model = BrainLM(config)
+    if args.model_name_or_path:
+        model.load_state_dict(weights.state_dict())
     model.to(device)
     model.cls_token.requires_grad_(False)               # no parcel reads CLS: reconstruction cannot train it
     xyz_on_device, rows = xyz.to(device), np.arange(len(train_set))
@@ -1415,14 +1446,16 @@ def pretrain(args):
         signal = train_set.batch([train_set.training_window(n, rows, T, args.seed, args.stride_prob)
                                   for n in samples], T).to(device)
         N, V = T // P, len(xyz)
-        if np.random.default_rng([args.seed, 1, step]).random() < args.forward_mask_prob:
-            mask = repeated_forward_mask(len(samples), N, V, seeded(args.seed, 2, step))
+        of_step = generator(args.seed, "kind of mask", step)     # the same on every rank
+        if torch.rand((), generator=of_step) < args.forward_mask_prob:
+            mask = repeated_forward_mask(len(samples), N, V, of_step)
         else:
-            mask = torch.cat([random_mask(1, N, V, config.mask_ratio, seeded(args.seed, 3, n)) for n in samples])
+            mask = torch.cat([random_mask(1, N, V, config.mask_ratio, generator(args.seed, "random mask", n))
+                              for n in samples])
         mask = mask.to(device)
         # Recordings of another scanner or with movement are louder at times: a random gain, undone in the prediction.
-        gain = torch.tensor([[[np.random.default_rng([args.seed, 4, n]).lognormal(0, 0.5)]] for n in samples],
-                            dtype=torch.float32, device=device)
+        gain = torch.cat([torch.empty(1, 1, 1).log_normal_(0, 0.5, generator=generator(args.seed, "gain", n))
+                          for n in samples]).to(device)                              # [B, 1, 1]
         return reconstruction_loss(model(gain * signal, xyz_on_device, mask)[0] / gain, signal, mask, config.loss_fn)
 
     def validate():
@@ -1434,7 +1467,8 @@ def pretrain(args):
         return metrics
 
     num_steps = fit(args, model, folder, device, dtype, len(rows), batch_loss, validate)
-    tables = evaluate_reconstruction(model, xyz, device, dtype, train_set, val_set, windows)
+    tables = evaluate_reconstruction(model, xyz, device, dtype, train_set, val_set, windows,
+                                     args.per_device_eval_batch_size)
     finish(folder, num_steps, tables, train_set)
     say(f"\nthe model is in {folder.path}")
 
@@ -1458,13 +1492,14 @@ def finetune(args):
     backbone = BrainLM.from_pretrained(args.model_name_or_path)
     config, column = backbone.config, args.variable_of_interest_col_name
     T = config.num_timepoints_per_voxel
-    device, dtype = pick_device(args)
+    device = pick_device(args)
     xyz, _, train_set, val_set = open_data(args, T, args.max_train_samples, args.max_eval_samples)
     (rows, target), (val_rows, val_target) = read_target(train_set, column), read_target(val_set, column)
     mean, std = target[rows].mean(), target[rows].std()
     if np.ptp(target[rows]) == 0:
         raise BadInput(f"{train_set.path}: column {column!r} is {mean} in every row: there is nothing to learn")
     folder = RunFolder(args, config)
+    dtype = pick_dtype(args, device, folder.state and folder.state["dtype"])
     torch.manual_seed(args.seed)
     model = BrainLMRegressor(config, mean, std)
     model.backbone.load_state_dict(backbone.state_dict())
@@ -1489,10 +1524,14 @@ def finetune(args):
         predictions = torch.zeros(len(val_rows), dtype=torch.float64)
         for i in range(rank(), len(val_rows), world_size()):
             windows = val_set.fixed_windows(val_rows[i:i + 1], T, stride=T)
+            size = args.per_device_eval_batch_size
+            batches = (val_set.batch(windows[j:j + size], T) for j in range(0, len(windows), size))
             with autocast(device, dtype):
-                predictions[i] = model(val_set.batch(windows, T).to(device), xyz).double().mean()
+                of_windows = torch.cat([model(signal.to(device), xyz).cpu() for signal in batches])
+            predictions[i] = of_windows.double().mean()
         return sum_over_processes(predictions).numpy()
 
+    model.eval()                                        # features as they are used, without dropout
     if folder.state is None:
         with torch.no_grad(), autocast(device, dtype):
             features = torch.cat([model.features(train_set.batch([(row, 0)], T).to(device), xyz)
@@ -1512,17 +1551,21 @@ def evaluate(args):
     """What the paper's tables print, for a checkpoint and any dataset, each number beside its baselines."""
     model = BrainLM.from_pretrained(args.model_name_or_path)
     T = model.config.num_timepoints_per_voxel
-    device, dtype = pick_device(args)
+    device = pick_device(args)
+    dtype = pick_dtype(args, device)
     xyz, networks, train_set, val_set = open_data(args, T, max_val=args.max_eval_samples)
     model.to(device)
     windows = val_set.fixed_windows(range(len(val_set)), T, stride=max(T // 4, 1))
-    tables = evaluate_reconstruction(model, xyz, device, dtype, train_set, val_set, windows)
+    tables = evaluate_reconstruction(model, xyz, device, dtype, train_set, val_set, windows,
+                                     args.per_device_eval_batch_size)
     if networks and len(xyz) > 1:
         tables |= evaluate_networks(model, xyz, device, val_set, windows, networks)
     say(markdown(tables))
-    folder = Path(args.model_name_or_path if Path(args.model_name_or_path).is_dir() else ".")
     if rank() > 0:
         return
+    name = Path(args.model_name_or_path)
+    folder = name if name.is_dir() else Path("runs", name.name)          # of a model of the Hub
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "evaluation.json", {"dataset": args.val_dataset_path, "tables": tables})
     say(f"\nwritten to {folder / 'evaluation.json'}")
     try:
@@ -1584,13 +1627,13 @@ def command_line():
         flag = command.add_argument_group("machine").add_argument
         flag("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: the fastest there is")
         flag("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-             help="auto: bfloat16 where it is faster")
+             help="auto: bfloat16 on CUDA and on CPUs with units for it; a resumed run keeps its type")
+        flag("--per_device_eval_batch_size", type=count, default=8, help="windows that evaluation takes at once")
         if run is evaluate:
             continue
         flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (None: on cuda only)")
         flag("--gradient_checkpointing", action="store_true", help="recompute layers in backward: less memory, slower")
         flag("--per_device_train_batch_size", type=count, default=2, help="recordings a process takes at once")
-        flag("--per_device_eval_batch_size", type=count, default=8, help="the same in validation")
         flag("--gradient_accumulation_steps", type=count, default=1, help="batches that make one step")
 
         flag = command.add_argument_group("training").add_argument
@@ -1622,13 +1665,14 @@ def main(words=None):
     args = command_line().parse_args(words)
     try:
         args.run(args)
-    except BadInput as error:
+    except (BadInput, OSError) as error:                # OSError: a disk that is full, a folder that is not ours
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(128 + signals.SIGINT)
+        print("\nstopped; a run folder keeps its last checkpoint, and the same command (without --overwrite_output_dir) "
+              "goes on from it", file=sys.stderr)
+        sys.exit(130)                                   # what shells expect of a program that Ctrl-C ended
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():  # not in a notebook cell, where sys.argv is the kernel's
     main()
