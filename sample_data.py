@@ -106,6 +106,10 @@ def move_into_place(new, folder):
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
+    # state.json goes last: another run may be listing what is removed here, and shall see a dataset or nothing.
+    for path in sorted(replaced.rglob("*"), key=lambda path: path.name == "state.json"):
+        with contextlib.suppress(OSError):
+            path.unlink()
     shutil.rmtree(replaced, ignore_errors=True)
 
 
