@@ -174,7 +174,7 @@ def read_windows(reader, folder, count=2000, T=200):
     def private():
         return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
     if reader == "ours":
-        dataset = brainlm.RecordingDataset(folder, column, T)
+        dataset = brainlm.RecordingDataset(folder, column)
         window = lambda n: dataset.batch([dataset.training_window(n, range(len(dataset)), T, 0)], T)
     else:
         import datasets
