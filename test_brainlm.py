@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import datetime
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -1533,6 +1534,20 @@ def test_dropout_of_the_flags_acts_on_given_weights_and_not_on_what_features_loo
     xyz, _ = brainlm.read_coordinates(data / "coords")
     features = torch.cat([model.features(dataset.batch([(row, 0)], T), xyz) for row in range(8)])
     torch.testing.assert_close(model.feature_std, features.std(dim=0), rtol=1e-3, atol=1e-6)
+
+
+def test_the_time_left_may_be_days(data, tmp_path, monkeypatch):
+    ticks = itertools.count(step=100_000)               # seconds: more than a day from look to look at the clock
+    monkeypatch.setattr(brainlm.time, "monotonic", lambda: next(ticks))
+    assert re.search(r"step 3/6 .* \d+ days?, \d+:\d\d:\d\d left", run_here(words("pretrain", data, tmp_path)))
+
+
+def test_evaluate_of_a_model_of_the_hub_writes_nothing_beside_the_user(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(brainlm, "download_from_hub", lambda name: data / "pretrained")
+    Path("evaluation.json").write_text("mine")
+    run_here(words("evaluate", data, "", "--model_name_or_path=you/model"))
+    assert Path("evaluation.json").read_text() == "mine" and Path("runs/model/evaluation.json").exists()
 
 
 @pytest.mark.parametrize("command", ["pretrain", "finetune", "evaluate"])
