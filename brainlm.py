@@ -29,7 +29,6 @@ from torch import nn
 # ==================================================================================================
 # Part I: the lesson
 # ==================================================================================================
-
 class BadInput(ValueError):
     """A fault in data, flags or files that the user can mend: the commands print it as one line."""
 
@@ -47,7 +46,7 @@ class BrainLMConfig:
     num_hidden_layers: int = 4
     num_attention_heads: int = None           # None: H / 64
     intermediate_size: int = None             # width of the MLP in a layer; None: 4 * H
-    hidden_dropout_prob: float = 0.0          # short runs underfit: dropout only slows them
+    hidden_dropout_prob: float = 0.0          # of what a layer adds; above 0 was not tried
     attention_probs_dropout_prob: float = 0.0  # any above 0 rules out the fast kernels on CPUs
     mask_ratio: float = 0.75                  # share of the tokens that a random mask hides
     loss_fn: str = "mse"                      # or "mae", which outliers move less
@@ -79,7 +78,7 @@ MUON_RATE = 3.0                # Muon's learning rate = this times AdamW's; 6 wa
 MUON_MOMENTUM = 0.95           # torch's own default
 MAX_GRADIENT_NORM = 1.0        # longer gradients are cut to this: one odd recording moves little
 GAIN_SPREAD = 0.5              # of log(gain): most windows become 0.6 to 1.6 times as loud
-FORWARD_HIDDEN = 1 / 3         # share of the earlier temporal tokens that a forward step hides too
+FORWARD_HIDDEN = 1 / 3         # probability that a forward step hides an earlier temporal token
 
 
 # --------------------------------------------------------------------------------------------------
@@ -273,6 +272,7 @@ class Layer(nn.Module):
                 for tensor in (q + position_q, k + position_k, v)]
 
     def forward(self, x, position, V):
+        """x [B, S, H], position [S, 2 * H] -> [B, S, H]."""
         q, k, v = self.queries_keys_values(x, position)
         dropout = self.attention_dropout if self.training else 0.0
         attended = block_causal_attention(q, k, v, V, dropout)                   # [B, heads, S, D]
@@ -560,7 +560,7 @@ def start_as_smoother(model):
     if N + P < H:                               # tiny models have no room for that
         taken = torch.cat([torch.ones(1, H), temporal_encoding(N, H)]).T         # [H, 1 + N]
     directions = torch.cat([taken, nn.init.orthogonal_(torch.empty(H, P))], dim=1)
-    if P < H:                                   # else QR would have fewer columns than P
+    if P < H:                                   # else QR would leave fewer than P columns
         directions = torch.linalg.qr(directions)[0]
     projection = model.patch_projection.weight                                   # [H, P]
     projection.copy_(directions[:, -P:])
