@@ -602,7 +602,6 @@ def start_as_smoother(model):
 
 import argparse
 import contextlib
-import ctypes
 import datetime
 import functools
 import importlib
@@ -623,14 +622,21 @@ def one_line(error):
     return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
 
 
+def check_numbers(settings):
+    """BadInput names the first number that cannot be, in {name: value} of the flags or of a config.json."""
+    for name, value in settings.items():
+        least = 0 if type(value) is float or name in ("seed", "eval_steps") else 1
+        most = 1 if name.endswith(("_prob", "_ratio")) else sys.maxsize
+        if type(value) in (int, float) and not least <= value <= most:
+            raise BadInput(f"{name} is {value}: it must lie between {least} and {most}")
+
+
 def check_config(config):
     """The config again; BadInput names the setting that cannot be."""
+    check_numbers(asdict(config))
     for option in fields(config):
-        name, value = option.name, getattr(config, option.name)
-        if option.type is int and (not isinstance(value, int) or value < 1):
-            raise BadInput(f"{name} is {value!r}: it must be a whole number, at least 1")
-        if "dropout" in name and not 0 <= value < 1:
-            raise BadInput(f"{name} is {value}: it must lie in [0, 1)")
+        if option.type is int and type(getattr(config, option.name)) is not int:
+            raise BadInput(f"{option.name} is {getattr(config, option.name)!r}: it must be a whole number")
     T, P, H = config.num_timepoints_per_voxel, config.timepoint_patching_size, config.hidden_size
     if T % P:
         raise BadInput(f"num_timepoints_per_voxel {T} is not divisible by timepoint_patching_size {P}: "
@@ -638,45 +644,37 @@ def check_config(config):
     if H % config.num_attention_heads or H % 2:
         raise BadInput(f"hidden_size {H} must be even and divisible by num_attention_heads "
                        f"{config.num_attention_heads}")
-    if not 0 < config.mask_ratio <= 1:
-        raise BadInput(f"mask_ratio is {config.mask_ratio}: it must lie in (0, 1]")
     if config.loss_fn not in ("mse", "mae"):
         raise BadInput(f"loss_fn is {config.loss_fn!r}: it must be mse or mae")
     return config
 
 
+LARGEST = 1e30                  # of a coordinate or target: its square must fit into a float32 too
+
+
 def open_table(path):
     """read_arrow, with every fault of the folder or its files as BadInput."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: no such folder (a dataset is a folder written by datasets.save_to_disk)")
-    if (folder / "dataset_dict.json").exists():
-        splits = ", ".join(sorted(str(entry) for entry in folder.iterdir() if entry.is_dir()))
-        raise BadInput(f"{folder} holds several datasets, name one of them: {splits}")
-    if not (folder / "state.json").exists():
-        raise BadInput(f"{folder} is no Arrow dataset: no state.json in it (write one with write_dataset of "
-                       "sample_data.py or datasets.save_to_disk)")
-    file = folder / "state.json"                        # the one that a fault below is in
+    if Path(path, "dataset_dict.json").exists():
+        raise BadInput(f"{path} holds several datasets: name one of the folders in it")
+    file = Path(path, "state.json")                     # the one that a fault below is in
     try:
         state = json.loads(file.read_text())
-        names = [entry["filename"] for entry in state["_data_files"]]
-        for name in names:
-            file = folder / name
+        for entry in state["_data_files"]:
+            file = Path(path, entry["filename"])
             stream = pa.memory_map(str(file))
             # A stream that was cut between two record batches reads as a shorter one: only its end marker tells.
             if stream.read_at(8, stream.size() - 8) != b"\xff\xff\xff\xff\0\0\0\0":
                 raise ValueError("no end-of-stream marker")
             # Finds offsets out of bounds; reads no number of a recording.
             pa.ipc.open_stream(stream).read_all().validate(full=True)
-        file = folder
-        table = read_arrow(folder) if names else []
+        table = read_arrow(path)
     except (OSError, ValueError, KeyError, TypeError) as error:         # pyarrow's are ValueErrors
-        raise BadInput(f"{file} is missing, truncated or not what save_to_disk writes ({one_line(error)}): copy or "
-                       "write the dataset again") from None
+        raise BadInput(f"{file} is missing, truncated or not what save_to_disk writes ({one_line(error)}): write the "
+                       "dataset again, with write_dataset of sample_data.py or datasets.save_to_disk") from None
     if state.get("_indices_data_files"):
-        raise BadInput(f"{folder} was saved with an index mapping by an old `datasets`: load and save it again there")
+        raise BadInput(f"{path} was saved with an index mapping by an old `datasets`: load and save it again there")
     if len(table) == 0:
-        raise BadInput(f"{folder}: the dataset has no rows ({folder / 'state.json'} lists {len(names)} files)")
+        raise BadInput(f"{path}: the dataset has no rows")
     return table
 
 
@@ -698,7 +696,7 @@ def is_list(kind):
 def open_numbers(table, name, path):
     """A column of scalars as float64 [rows]; a missing value (None) becomes NaN. BadInput if it is not numeric."""
     column = open_column(table, name, path)
-    if not (is_number(column.type) or pa.types.is_boolean(column.type) or pa.types.is_null(column.type)):
+    if not (is_number(column.type) or pa.types.is_boolean(column.type)):
         raise BadInput(f"{path}: column {name!r} is not numeric but {column.type}")
     return np.array(column.to_pylist(), dtype=np.float64)
 
@@ -707,10 +705,9 @@ def open_coordinates(path):
     """read_coordinates, with BadInput for a coordinate that is missing or not finite."""
     table = open_table(path)
     for axis in "XYZ":
-        with np.errstate(over="ignore"):                # too large for float32: infinite
-            finite = np.isfinite(open_numbers(table, axis, path).astype(np.float32))
-        if not finite.all():
-            raise BadInput(f"{path}: coordinate {axis} of row (parcel) {np.argmin(finite)} is missing or not finite")
+        for row, value in enumerate(open_numbers(table, axis, path)):
+            if not abs(value) < LARGEST:
+                raise BadInput(f"{path}: coordinate {axis} of row (parcel) {row} is {value}")
     return read_coordinates(path)
 
 
@@ -728,45 +725,37 @@ def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples
     kind = column.type
     if not (is_list(kind) and is_list(kind.value_type) and is_number(kind.value_type.value_type)):
         refuse(f"holds {kind}: a recording is a two-dimensional list of numbers, (timepoints, parcels)")
-    told = time.monotonic()
     for row, recording in enumerate(column):
         if not recording.is_valid:
             refuse(f"row {row} is missing")
         timepoints = recording.values                   # an Arrow list of parcels for each
         if timepoints.null_count:
-            refuse(f"row {row}, timepoint {timepoints.is_null().to_pylist().index(True)} is missing")
+            refuse(f"row {row}, timepoint {timepoints.is_null().index(True)} is missing")
         widths = pc.list_value_length(timepoints).to_numpy()
-        num_parcels = num_parcels or max(1, int(widths[:1].sum()))
+        num_parcels = num_parcels or max(widths, default=0)
         if (widths != num_parcels).any():
             t = np.argmax(widths != num_parcels)
-            hint = "the recording is ragged"
-            if (widths == widths[t]).all():
-                hint = "do the recordings and the coordinates come from the same atlas?"
-                if len(widths) == num_parcels:
-                    hint = "transposed? a recording is (timepoints, parcels)"
-            refuse(f"row {row}, timepoint {t} has {widths[t]} parcels, expected {num_parcels}: {hint}")
-        if len(widths) < window:
-            refuse(f"row {row} has {len(widths)} timepoints, fewer than the window of {window}: leave it out or lower "
-                   "--num_timepoints_per_voxel")
+            refuse(f"row {row}, timepoint {t} has {widths[t]} parcels, expected {num_parcels}: is it ragged, transposed "
+                   "(timepoints come first), or of another atlas than the coordinates?")
+        if len(timepoints) < window:
+            refuse(f"row {row} has {len(timepoints)} timepoints, fewer than the window of {window}: leave it out or "
+                   "lower --num_timepoints_per_voxel")
         signal = timepoints.flatten().to_numpy(zero_copy_only=False)        # [timepoints * parcels]
         with np.errstate(over="ignore"):                # what is too large for float32 is infinite for the model
             finite = np.isfinite(signal.astype(np.float32, copy=False))
         if not finite.all():
-            t, v = divmod(int(np.argmin(finite)), num_parcels)
+            t, v = divmod(np.argmin(finite), num_parcels)
             refuse(f"row {row}, timepoint {t}, parcel {v} is {signal[np.argmin(finite)]}: "
                    "repair it or leave the row out")
-        if time.monotonic() > told + 5:
-            told = time.monotonic()
-            print_once(f"checking {path}: {row + 1} of {len(column)} recordings")
     return RecordingDataset(path, recording_col, max_samples)
 
 
 def open_target(dataset, column):
     """The rows that have a target, int64, and the targets of all rows, float64 with NaN."""
     target = open_numbers(dataset.table, column, dataset.path)
-    huge = np.flatnonzero(np.abs(target) > 1e30)        # its square must fit into a float32 too
+    huge = np.flatnonzero(np.abs(target) >= LARGEST)
     if len(huge):
-        raise BadInput(f"{dataset.path}: column {column!r} is infinite in row {huge[0]} ({target[huge[0]]})")
+        raise BadInput(f"{dataset.path}: column {column!r} is {target[huge[0]]} in row {huge[0]}")
     rows = np.flatnonzero(~np.isnan(target))
     if not len(rows):
         raise BadInput(f"{dataset.path}: column {column!r} is missing in every row")
@@ -789,24 +778,21 @@ def import_optional(package):
         raise BadInput(f"this needs the package {package}: pip install {package.split('.')[0]} ({error})") from None
 
 
-def write_atomically(path, write):
-    """Call write(file) on a new file beside path and rename it into place: at any instant path is the old file or the
-    new one. Raises OSError if that fails (disk full, no permission); the old file is then still there."""
+def write_atomically(path, content):
+    """Write text, or what torch.save takes, into a new file beside path and rename it into place: at any instant path
+    is the old file or the new one. Raises OSError if that fails (disk full, no permission)."""
     temporary = Path(path).with_name(f".{Path(path).name}.part")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                        # torch.save wraps OSError into RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise OSError(f"could not write {path} ({one_line(error)}): what was saved before is intact") from None
-
-
-def write_text(path, text):
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def to_json(content, indent=None):
@@ -817,12 +803,11 @@ def to_json(content, indent=None):
 
 def load_tensors(path):
     """The dict in a file of torch.save (plain values only) or, by its name, of safetensors."""
+    load = functools.partial(torch.load, map_location="cpu", weights_only=True)
+    if path.suffix == ".safetensors":
+        load = import_optional("safetensors.torch").load_file
     try:
-        if path.suffix == ".safetensors":
-            return import_optional("safetensors.torch").load_file(path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except BadInput:
-        raise
+        return dict(load(path))
     except Exception as error:                          # a cut file raises one of half a dozen kinds
         raise BadInput(f"{path} is missing, truncated or no checkpoint ({type(error).__name__})") from None
 
@@ -830,30 +815,33 @@ def load_tensors(path):
 def save_pretrained(model, folder):
     """Write a model as a folder that from_pretrained and the Hugging Face Hub can read. Where this file was pasted into
     a notebook there is no file to copy: the Hub then lacks brainlm.py."""
-    folder, hub_class = Path(folder), hub_class_of(model)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.json", to_json(asdict(model.config) | {
+    hub_class = "BrainLMForRegression" if isinstance(model, BrainLMRegressor) else "BrainLMForPreTraining"
+    write_atomically(folder / "config.json", to_json(asdict(model.config) | {
         "model_type": "brainlm", "architectures": [hub_class],
         "auto_map": {"AutoConfig": f"brainlm.{hub_class}Config", "AutoModel": f"brainlm.{hub_class}",
                      "AutoModelForPreTraining": f"brainlm.{hub_class}"}}, indent=2))
     if "__file__" in globals():
-        write_text(folder / "brainlm.py", Path(__file__).read_text(encoding="utf-8"))
-    write_atomically(folder / "pytorch_model.bin", lambda file: torch.save(model.state_dict(), file))
+        write_atomically(folder / "brainlm.py", Path(__file__).read_text(encoding="utf-8"))
+    write_atomically(folder / "pytorch_model.bin", model.state_dict())
     (folder / "model.safetensors").unlink(missing_ok=True)          # of another model: one folder, one model
 
 
-def from_pretrained(model_class, name_or_path):
+def from_pretrained(model_class, name_or_path, **changes):
     """A BrainLM or BrainLMRegressor from a run folder, or from the Hub by its "user/name", in evaluation mode. BrainLM
-    also takes the backbone of a regressor's folder. Raises BadInput if anything is missing, broken or does not fit."""
+    also takes the backbone of a regressor's folder. changes: fields of its BrainLMConfig that shall be others, such as
+    mask_ratio. Raises BadInput if anything is missing, broken or does not fit."""
     folder = Path(name_or_path)
     if not folder.is_dir():
         folder = download_from_hub(str(name_or_path))
     file = folder / "config.json"
     try:
         settings = json.loads(file.read_text())
-        config = check_config(BrainLMConfig(**{option.name: settings[option.name] for option in fields(BrainLMConfig)}))
+        settings = {option.name: settings[option.name] for option in fields(BrainLMConfig)}
+        config = check_config(BrainLMConfig(**settings | changes))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{file} is missing or is no BrainLM configuration ({error!r})") from None
+        raise BadInput(f"{file} is missing or no configuration of a BrainLM ({error!r})") from None
     file = folder / "model.safetensors"                 # of two, the one that transformers takes
     if not file.exists():
         file = folder / "pytorch_model.bin"
@@ -865,7 +853,7 @@ def from_pretrained(model_class, name_or_path):
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise BadInput(f"{folder}: the weights do not fit {model_class.__name__} and config.json "
+        raise BadInput(f"{folder}: the weights do not fit {model_class.__name__} with {config} "
                        f"({one_line(error)})") from None
     return model.eval()
 
@@ -879,10 +867,6 @@ def download_from_hub(name):
         return Path(hub.snapshot_download(name))
     except Exception as error:                          # offline, unknown, private, ...: the Hub's own words say which
         raise BadInput(f"{name}: no such folder here, and the Hub did not give it ({one_line(error)})") from None
-
-
-def hub_class_of(model):
-    return "BrainLMForRegression" if isinstance(model, BrainLMRegressor) else "BrainLMForPreTraining"
 
 
 BrainLM.save_pretrained = BrainLMRegressor.save_pretrained = save_pretrained
@@ -962,13 +946,13 @@ def scores(sums):
     return {"R2": R2, "MSE": square / count, "MAE": absolute / count}
 
 
-def model_predictor(model, xyz, device, dtype=torch.float32):
+def model_predictor(model, xyz, dtype=torch.float32):
     """A BrainLM as a function (signal, mask, ridge) -> prediction [B, T, V], all on the CPU in float32."""
     @torch.no_grad()
     def predict(signal, mask, ridge=None):
         model.eval()
-        with autocast(device, dtype):
-            return model(signal.to(device), xyz.to(device), mask.to(device))[0].float().cpu()
+        with autocast(xyz.device, dtype):
+            return model(signal.to(xyz.device), xyz, mask.to(xyz.device))[0].float().cpu()
     return predict
 
 
@@ -1070,7 +1054,7 @@ def score_reconstruction(predict, ridge, dataset, windows, config, forecasting, 
     return sum_over_processes(total)
 
 
-def evaluate_reconstruction(model, xyz, device, dtype, train_set, val_set, windows, batch_size):
+def evaluate_reconstruction(model, xyz, dtype, train_set, val_set, windows, batch_size):
     """The first two tables of the evaluation, {title: {method: {score: value}}}: masked patches and forecasting, the
     model, then the baselines, the best first, each at the ridge that suits these very windows best."""
     config, tables = model.config, {}
@@ -1082,7 +1066,7 @@ def evaluate_reconstruction(model, xyz, device, dtype, train_set, val_set, windo
                       forecasting_baselines(train_set, P)))
     for forecasting, title, baselines in tasks:
         table = {}
-        for name, predict in {"BrainLM": model_predictor(model, xyz, device, dtype), **baselines}.items():
+        for name, predict in {"BrainLM": model_predictor(model, xyz, dtype), **baselines}.items():
             for ridge in [None] if name in ("BrainLM", "persistence") else RIDGES:
                 sums = score_reconstruction(predict, ridge, val_set, windows, config, forecasting, batch_size)
                 row = scores(sums.sum(dim=1))
@@ -1107,16 +1091,16 @@ def knn_accuracy(distance, labels, k=5):
     return right / len(labels)
 
 
-def evaluate_networks(model, xyz, device, dataset, windows, networks):
+def evaluate_networks(model, xyz, dataset, windows, networks):
     """Zero-shot functional networks: the label of a left-out parcel from its nearest neighbours among the others, by
     the model's embedding, by the coordinates, by functional connectivity. {title: {method: {score: value}}}"""
     T, V = model.config.num_timepoints_per_voxel, dataset.num_parcels
     embedding, connectivity = np.zeros((model.config.hidden_size, V)), np.zeros((V, V))
     for window in windows:
         signal = dataset.batch([window], T)
-        embedding += model.embed(signal.to(device), xyz.to(device))[1][0].float().cpu().numpy().T
+        embedding += model.embed(signal.to(xyz.device), xyz)[1][0].float().cpu().numpy().T
         connectivity += correlation(signal[0].numpy())
-    methods = {"BrainLM embedding": 1 - correlation(embedding), "coordinates": torch.cdist(xyz, xyz).numpy(),
+    methods = {"BrainLM embedding": 1 - correlation(embedding), "coordinates": torch.cdist(xyz, xyz).cpu().numpy(),
                "functional connectivity profile": 1 - correlation(connectivity)}
     return {f"functional networks of left-out parcels (5 nearest neighbours of {V})":
             {name: {"accuracy": knn_accuracy(distance, networks)} for name, distance in methods.items()}}
@@ -1187,12 +1171,12 @@ def attention_weights(model, signal, xyz, layer):
 BrainLM.attention = attention_weights
 
 
-def plot_evaluation(path, model, xyz, device, dataset, windows, tables):
+def plot_evaluation(path, model, xyz, dataset, windows, tables):
     """A picture of what the tables say, for one window of the dataset; needs matplotlib."""
     import_optional("matplotlib").use("Agg")
     plt, config = import_optional("matplotlib.pyplot"), model.config
     T, P, V = config.num_timepoints_per_voxel, config.timepoint_patching_size, dataset.num_parcels
-    signal, predict = dataset.batch(windows[:1], T), model_predictor(model, xyz, device)
+    signal, predict = dataset.batch(windows[:1], T), model_predictor(model, xyz)
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.5), width_ratios=[2, 1, 1], layout="constrained")
     hidden = random_mask(1, T // P, V, config.mask_ratio, torch.Generator().manual_seed(0))
     for axis, mask, first, title in ((left, hidden, 0, "hidden patches, reconstructed"),
@@ -1261,27 +1245,14 @@ def prepare_device(name):
         name = next(kind for kind in available if available[kind])
     if not available[name]:
         raise BadInput(f"--device {name}: this machine or this build of torch has none")
-    device = torch.device(name)
     if name == "cuda":
-        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if name == "cpu":
-        keep_freed_memory()
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))     # which "cuda" means from here on
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if name == "cuda" else "gloo")
-    return device
+    return torch.device(name)
 
 
-def keep_freed_memory():
-    """glibc returns the pages of large tensors to the system at once and faults them in again a moment later, which
-    costs a quarter of a training step: tell it to keep them."""
-    with contextlib.suppress(OSError, AttributeError):  # another system, another libc
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 28)):    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            mallopt(option, value)
-
-
-def pick_dtype(name, device, recorded=None):
+def pick_dtype(name, device, state=None):
     """--dtype, where auto is what a resumed run was trained in so far, else bfloat16 where it is faster: on CUDA and on
     CPUs with units for it. No stopwatch: the same machine always gets the same type, and all ranks that of rank 0."""
     if name == "auto":
@@ -1289,13 +1260,15 @@ def pick_dtype(name, device, recorded=None):
         # Intel's AVX-512 alone multiplies bfloat16 at half the speed of float32 (AMD's at three times): it needs AMX.
         units = cpu.get("amx_bf16") or cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", "")
         fast = device.type == "cuda" or device.type == "cpu" and units
-        name = recorded or ("bfloat16" if fast else "float32")
+        name = "bfloat16" if fast else "float32"
+        if state:
+            name = state["dtype"]
     return getattr(torch, from_rank_0(name))
 
 
 def recompute_layers(model):
     """--gradient_checkpointing: backward computes each layer again instead of storing what it needs."""
-    for layer in model.layers:
+    for layer in (module for module in model.modules() if isinstance(module, Layer)):
         layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
 
 
@@ -1426,9 +1399,8 @@ class RunFolder:
         refused = [f"{name} {before.get(name)} there and {now[name]} now" for name in changed if name in fixed]
         if refused:
             raise BadInput(f"{self.path} holds a run with other flags ({'; '.join(refused)}): use the same, or {anew}")
-        for name in changed:
-            if name not in ("output_dir", "overwrite_output_dir"):
-                print_once(f"note: resuming with {name} {now[name]}, was {before.get(name)}")
+        if changed:
+            print_once(f"note: resuming with another {', '.join(changed)}")
         return state
 
     def log(self, **metrics):
@@ -1442,9 +1414,9 @@ class RunFolder:
         if rank() == 0:
             state |= {"model": model.state_dict(), "metrics": self.metrics, "args": self.args,
                       "config": asdict(model.config)}
-            write_atomically(self.path / "training_state.pt", lambda file: torch.save(state, file))
-            write_text(self.path / "args.json", to_json(self.args, indent=2))
-            write_text(self.path / "metrics.jsonl", "".join(self.metrics))
+            write_atomically(self.path / "training_state.pt", state)
+            write_atomically(self.path / "args.json", to_json(self.args, indent=2))
+            write_atomically(self.path / "metrics.jsonl", "".join(self.metrics))
             model.save_pretrained(self.path)
 
 
@@ -1453,9 +1425,10 @@ def flags_of(config_class, args):
     return {option.name: getattr(args, option.name) for option in fields(config_class) if option.name in args}
 
 
-def run_training(args, training, model, folder, device, dtype, num_recordings, batch_loss, validate):
+def run_training(args, training, model, folder, xyz, dtype, num_recordings, batch_loss, validate):
     """The loop of Part I, and around it resuming, progress, validation and checkpoints; both commands come here.
     batch_loss(model, samples, step) -> scalar loss; validate() -> {metric: value}. Returns the number of steps."""
+    config, device = model.config, xyz.device
     samples_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size()
     optimizers = make_optimizers(model, training.learning_rate, training.weight_decay)
     first_step, first_sample, loss_sum, loss_count = 0, 0, 0.0, 0       # losses since the last line of progress
@@ -1488,6 +1461,11 @@ def run_training(args, training, model, folder, device, dtype, num_recordings, b
             return batch_loss(model, samples, step)
 
     save(first_step)                                    # loadable from the start, however the last run ended
+    tokens = (1 + config.num_timepoints_per_voxel // config.timepoint_patching_size * len(xyz)) * samples_per_step
+    print_once(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {tokens:,} tokens a step, "
+               f"{world_size()} x {device.type}, {str(dtype).removeprefix('torch.')}")
+    if args.gradient_checkpointing:
+        recompute_layers(model)
     trained = nn.parallel.DistributedDataParallel(model) if world_size() > 1 else model
     if args.compile or args.compile is None and device.type == "cuda":
         trained = torch.compile(trained)
@@ -1523,26 +1501,22 @@ def run_training(args, training, model, folder, device, dtype, num_recordings, b
 def report(folder, model, num_steps, tables, dataset):
     """Print the tables, log them, and put them into the run folder's model card, which the Hub shows."""
     print_once(markdown(tables))
+    folder.log(step=num_steps, tables=tables)
     if rank() > 0:
         return
-    with open(folder.path / "metrics.jsonl", "a") as file:
-        file.write(to_json({"step": num_steps, "tables": tables}))
-    config = model.config
-    write_text(folder.path / "README.md", f"""---
-license: apache-2.0
-library_name: transformers
+    name, config = type(model).__name__, model.config
+    write_atomically(folder.path / "README.md", f"""---
 tags: [fmri, brainlm]
 ---
-# BrainLM
+# {name}
 
-{hub_class_of(model)}: {config.num_hidden_layers} layers, hidden size {config.hidden_size}, patches of
-{config.timepoint_patching_size} timepoints, trained for {num_steps} steps on windows of
-{config.num_timepoints_per_voxel} timepoints from `{dataset.recording_col}` of `{Path(dataset.path).name}`
-({len(dataset)} recordings, {dataset.num_parcels} parcels). Beside it, closed-form baselines on the same windows.
+{config.num_hidden_layers} layers, hidden size {config.hidden_size}, patches of {config.timepoint_patching_size}
+timepoints, trained for {num_steps} steps on windows of {config.num_timepoints_per_voxel} timepoints from
+`{dataset.recording_col}` of `{Path(dataset.path).name}` ({len(dataset)} recordings, {dataset.num_parcels} parcels).
 {markdown(tables)}
 
-Load it with `AutoModelForPreTraining.from_pretrained(..., trust_remote_code=True)`, or with the file `brainlm.py` here.
-The method: Ortega Caro et al., BrainLM: A foundation model for brain activity recordings, ICLR 2024.
+To load it, in this folder: `from brainlm import {name}; model = {name}.from_pretrained(".")`. The method: Ortega Caro et
+al., BrainLM: A foundation model for brain activity recordings, ICLR 2024.
 """)
 
 
@@ -1550,8 +1524,9 @@ The method: Ortega Caro et al., BrainLM: A foundation model for brain activity r
 # 15. Commands
 
 
-def open_data(args, window, max_train=None):
-    """Coordinates, training and validation recordings of a command; makes the sample data if none are named."""
+def open_data(args, window, device):
+    """Coordinates [V, 3] on the device, networks, training and validation recordings of a command; makes the sample
+    data if none are named."""
     paths = (args.train_dataset_path, args.val_dataset_path, args.coords_dataset_path)
     if all(path.startswith("./sample_data/") for path in paths):
         made = Path("sample_data/train/state.json").exists()            # written last
@@ -1566,103 +1541,70 @@ def open_data(args, window, max_train=None):
             dist.barrier()                              # one process of each machine makes them, all wait
     xyz, networks = open_coordinates(args.coords_dataset_path)
     column, V = args.recording_col_name, len(xyz)
-    train_set = open_recordings(args.train_dataset_path, column, window, V, max_train)
+    print_once("checking every number of the recordings")
+    train_set = open_recordings(args.train_dataset_path, column, window, V, args.max_train_samples)
     val_set = open_recordings(args.val_dataset_path, column, window, V, args.max_eval_samples)
     print_once(f"data: {len(train_set)} training and {len(val_set)} validation recordings, {V} parcels, windows of "
                f"{window}")
-    return xyz, networks, train_set, val_set
-
-
-def describe(args, model, V, device, dtype):
-    """One line on what is about to run, with an estimate of its memory: weights, gradients and two moments in float32,
-    and what backward needs of every token, as measured (with gradient checkpointing, of one layer at a time)."""
-    config, parameters = model.config, sum(p.numel() for p in model.parameters())
-    N, layers = config.num_timepoints_per_voxel // config.timepoint_patching_size, config.num_hidden_layers
-    tokens = args.per_device_train_batch_size * (1 + N * V)
-    stored = layers * tokens * (22 * config.hidden_size + 3 * config.intermediate_size) * dtype.itemsize
-    if args.gradient_checkpointing:
-        stored = stored / layers + layers * tokens * config.hidden_size * 4
-    tokens_per_step = tokens * args.gradient_accumulation_steps * world_size()
-    print_once(f"model: {parameters:,} parameters, {tokens_per_step:,} tokens a step, about "
-               f"{0.2 + (16 * parameters + stored) / 2 ** 30:.1f} GiB, {world_size()} x {device.type}, "
-               f"{str(dtype).removeprefix('torch.')}")
+    return xyz.to(device), networks, train_set, val_set
 
 
 def pretrain(args):
     """Learn to reconstruct hidden tokens."""
     settings, training = flags_of(BrainLMConfig, args), TrainingConfig(**flags_of(TrainingConfig, args))
-    given = None
+    torch.manual_seed(args.seed)
     if args.model_name_or_path:
-        given = BrainLM.from_pretrained(args.model_name_or_path)
-        settings = asdict(given.config) | settings
-    config = check_config(BrainLMConfig(**settings))
-    for name in ("timepoint_patching_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                 "intermediate_size"):
-        if given and getattr(config, name) != getattr(given.config, name):
-            raise BadInput(f"--{name} {getattr(config, name)}: the weights of {args.model_name_or_path} have "
-                           f"{getattr(given.config, name)}")
-    T, device = config.num_timepoints_per_voxel, prepare_device(args.device)
-    xyz, _, train_set, val_set = open_data(args, T, args.max_train_samples)
+        model = BrainLM.from_pretrained(args.model_name_or_path, **settings)
+    else:
+        model = BrainLM(check_config(BrainLMConfig(**settings)))
+    config, T, device = model.config, model.config.num_timepoints_per_voxel, prepare_device(args.device)
+    xyz, _, train_set, val_set = open_data(args, T, device)
     random_mask(1, T // config.timepoint_patching_size, len(xyz), config.mask_ratio)    # refuses one that hides nothing
     folder = RunFolder(args, config)
-    dtype = pick_dtype(args.dtype, device, folder.state and folder.state["dtype"])
-    torch.manual_seed(args.seed)
-    model = BrainLM(config)
-    if given:
-        model.load_state_dict(given.state_dict())
+    dtype = pick_dtype(args.dtype, device, folder.state)
     model.to(device)
     model.cls_token.requires_grad_(False)               # no parcel reads CLS: reconstruction cannot train it
-    if args.gradient_checkpointing:
-        recompute_layers(model)
-    describe(args, model, len(xyz), device, dtype)
-    xyz_on_device = xyz.to(device)
     windows = fixed_windows(val_set, range(len(val_set)), T, spacing=T)
     watched = windows[::max(1, len(windows) // 20)]     # enough to watch; the tables at the end take all
 
     def batch_loss(model, samples, step):
         batch = pretraining_batch(train_set, config, training, samples, step)
         signal, mask, gain = (tensor.to(device) for tensor in batch)
-        return pretraining_loss(model, signal, xyz_on_device, mask, gain, config.loss_fn)
+        return pretraining_loss(model, signal, xyz, mask, gain, config.loss_fn)
 
     def validate():
-        predict, metrics = model_predictor(model, xyz, device, dtype), {}
+        predict, metrics = model_predictor(model, xyz, dtype), {}
         for name, forecasting in (("masked_R2", False), ("forecast_R2", True)):
             sums = score_reconstruction(predict, None, val_set, watched, config, forecasting,
                                         args.per_device_eval_batch_size)
             metrics[name] = scores(sums.sum(dim=1))["R2"]
         return metrics
 
-    num_steps = run_training(args, training, model, folder, device, dtype, len(train_set), batch_loss, validate)
-    tables = evaluate_reconstruction(model, xyz, device, dtype, train_set, val_set, windows,
-                                     args.per_device_eval_batch_size)
+    num_steps = run_training(args, training, model, folder, xyz, dtype, len(train_set), batch_loss, validate)
+    tables = evaluate_reconstruction(model, xyz, dtype, train_set, val_set, windows, args.per_device_eval_batch_size)
     report(folder, model, num_steps, tables, train_set)
     print_once(f"\nthe model is in {folder.path}")
 
 
 def finetune(args):
     """Learn to predict a scalar of each recording."""
+    training, column = TrainingConfig(**flags_of(TrainingConfig, args)), args.variable_of_interest_col_name
     backbone = BrainLM.from_pretrained(args.model_name_or_path)
-    config, column = backbone.config, args.variable_of_interest_col_name
-    T, device = config.num_timepoints_per_voxel, prepare_device(args.device)
-    xyz, _, train_set, val_set = open_data(args, T, args.max_train_samples)
+    config, T, device = backbone.config, backbone.config.num_timepoints_per_voxel, prepare_device(args.device)
+    xyz, _, train_set, val_set = open_data(args, T, device)
     (rows, target), (val_rows, val_target) = open_target(train_set, column), open_target(val_set, column)
     mean, std = target[rows].mean(), target[rows].std()
     if np.ptp(target[rows]) == 0:
         raise BadInput(f"{train_set.path}: column {column!r} is {mean} in every row: there is nothing to learn")
     folder = RunFolder(args, config)
-    dtype = pick_dtype(args.dtype, device, folder.state and folder.state["dtype"])
+    dtype = pick_dtype(args.dtype, device, folder.state)
     torch.manual_seed(args.seed)
-    model = BrainLMRegressor(config, mean, std)
+    model = BrainLMRegressor(config, mean, std).to(device)
     model.backbone.load_state_dict(backbone.state_dict())
-    model.to(device)
-    if args.gradient_checkpointing:
-        recompute_layers(model.backbone)
     if args.freeze_backbone:
         model.backbone.requires_grad_(False)
     for unused in (model.backbone.head.weight, model.backbone.head.bias, model.backbone.mask_token):
         unused.requires_grad_(False)
-    describe(args, model, len(xyz), device, dtype)
-    xyz = xyz.to(device)
 
     def batch_loss(model, samples, step):
         windows = [train_set.training_window(n, rows, T, args.seed) for n in samples]
@@ -1689,28 +1631,26 @@ def finetune(args):
                                   for row in rows[:MAX_BASELINE_ROWS]])
         model.feature_mean.copy_(features.mean(dim=0))
         model.feature_std.copy_(features.std(dim=0).nan_to_num(1.0).clamp(min=1e-6))
-    num_steps = run_training(args, TrainingConfig(**flags_of(TrainingConfig, args)), model, folder, device, dtype,
-                             len(rows), batch_loss, lambda: regression_scores(predict(), val_target[val_rows]))
+    num_steps = run_training(args, training, model, folder, xyz, dtype, len(rows), batch_loss,
+                             lambda: regression_scores(predict(), val_target[val_rows]))
     methods = {"BrainLM": predict(), "training mean": np.full(len(val_rows), mean), "ridge on functional connectivity":
                connectivity_ridge(train_set, rows, target[rows], val_set, val_rows)}
     table = {name: regression_scores(prediction, val_target[val_rows]) for name, prediction in methods.items()}
     report(folder, model, num_steps, {f"{column}, {len(val_rows)} validation recordings": table}, train_set)
-    ahead = min(table, key=lambda name: table[name]["MAE"])
-    print_once(f"\nahead by MAE: {ahead}; the model is in {folder.path}")
+    print_once(f"\nthe model is in {folder.path}")
 
 
 def evaluate(args):
     """What the paper's tables print, for a checkpoint and any dataset, each number beside its baselines."""
     model = BrainLM.from_pretrained(args.model_name_or_path)
     T, device = model.config.num_timepoints_per_voxel, prepare_device(args.device)
+    xyz, networks, train_set, val_set = open_data(args, T, device)
     dtype = pick_dtype(args.dtype, device)
-    xyz, networks, train_set, val_set = open_data(args, T)
     model.to(device)
     windows = fixed_windows(val_set, range(len(val_set)), T, spacing=max(T // 4, 1))
-    tables = evaluate_reconstruction(model, xyz, device, dtype, train_set, val_set, windows,
-                                     args.per_device_eval_batch_size)
+    tables = evaluate_reconstruction(model, xyz, dtype, train_set, val_set, windows, args.per_device_eval_batch_size)
     if networks and len(xyz) > 1:
-        tables |= evaluate_networks(model, xyz, device, val_set, windows, networks)
+        tables |= evaluate_networks(model, xyz, val_set, windows, networks)
     print_once(markdown(tables))
     if rank() > 0:
         return
@@ -1718,10 +1658,10 @@ def evaluate(args):
     if not folder.is_dir():                             # a model of the Hub
         folder = Path("runs", folder.name)
         folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "evaluation.json", to_json({"dataset": args.val_dataset_path, "tables": tables}, indent=2))
+    write_atomically(folder / "evaluation.json", to_json({"dataset": args.val_dataset_path, "tables": tables}, indent=2))
     print_once(f"\nwritten to {folder / 'evaluation.json'}")
     try:
-        plot_evaluation(folder / "evaluation.png", model, xyz, device, val_set, windows, tables)
+        plot_evaluation(folder / "evaluation.png", model, xyz, val_set, windows, tables)
         print_once(f"pictures in {folder / 'evaluation.png'}")
     except BadInput as error:
         print_once(f"no picture: {error}")
@@ -1732,109 +1672,68 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
 
 
-def number(kind, low, high=math.inf, above=False):
-    """A type for argparse: a number in [low, high], or in (low, high] if above."""
-    def convert(text):
-        value = kind(text)
-        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is out of range")
-        return value
-    convert.__name__ = kind.__name__                    # argparse names it where text is no number at all
-    return convert
-
-
-COUNT, SHARE, POSITIVE = number(int, 1), number(float, 0, 1), number(float, 0, above=True)
-SWITCH, YES_OR_NO = "store_true", argparse.BooleanOptionalAction
-TRAINING, ALL = ("pretrain", "finetune"), ("pretrain", "finetune", "evaluate")
-
-# The flags, named as in the reference implementation where it has them: {group: [(name, commands, type, default or
-# {command: default}, what it is)]}. OWN: where the flag is not given, the default of BrainLMConfig counts, or what the
-# weights have that training starts from.
-OWN = object()
-FLAGS = {
-    "data": [
-        ("train_dataset_path", ALL, str, "./sample_data/train", "folder with the training recordings"),
-        ("val_dataset_path", ALL, str, "./sample_data/val", "folder with the validation recordings"),
-        ("coords_dataset_path", ALL, str, "./sample_data/coords", "folder with the parcels' X, Y, Z in mm"),
-        ("recording_col_name", ALL, str, "Voxelwise_RobustScaler_Normalized_Recording",
-         "column of (timepoints, parcels) recordings"),
-        ("max_train_samples", TRAINING, COUNT, None, "use only the first training recordings"),
-        ("max_eval_samples", ALL, COUNT, None, "use only the first validation recordings"),
-        ("variable_of_interest_col_name", ("finetune",), str, "Age.At.MHQ", "column to predict")],
-    "model": [
-        ("model_name_or_path", ALL, str, {"finetune": "./runs/pretrain", "evaluate": "./runs/pretrain"},
-         "start from the weights in this run folder or on the Hub"),
-        ("freeze_backbone", ("finetune",), SWITCH, False, "train the MLP head alone"),
-        ("num_timepoints_per_voxel", ("pretrain",), int, OWN, "timepoints in the windows that the model is trained on"),
-        ("timepoint_patching_size", ("pretrain",), int, OWN, "timepoints in a patch"),
-        ("hidden_size", ("pretrain",), int, OWN, "width of a token"),
-        ("num_hidden_layers", ("pretrain",), int, OWN, "transformer layers"),
-        ("num_attention_heads", ("pretrain",), int, OWN, "attention heads in a layer; None: hidden_size / 64"),
-        ("intermediate_size", ("pretrain",), int, OWN, "width of the MLP in a layer; None: 4 * hidden_size"),
-        ("hidden_dropout_prob", ("pretrain",), float, OWN, "dropout of what a layer adds"),
-        ("attention_probs_dropout_prob", ("pretrain",), float, OWN, "dropout of attention weights; slow on CPUs"),
-        ("mask_ratio", ("pretrain",), float, OWN, "share of the tokens that a random mask hides"),
-        ("loss_fn", ("pretrain",), str, OWN, "mse or mae")],
-    "machine": [
-        ("device", ALL, str, "auto", "auto, cpu, cuda or mps; auto: the fastest there is"),
-        ("dtype", ALL, str, "auto", "auto, float32 or bfloat16; auto: bfloat16 on CUDA and on CPUs with units for it; "
-         "a resumed run keeps its type"),
-        ("per_device_train_batch_size", TRAINING, COUNT, 2, "windows that a process takes at once"),
-        ("per_device_eval_batch_size", ALL, COUNT, 8, "the same in evaluation"),
-        ("gradient_accumulation_steps", TRAINING, COUNT, 1, "batches that make one step"),
-        ("compile", TRAINING, YES_OR_NO, None, "torch.compile; None: on CUDA only"),
-        ("gradient_checkpointing", TRAINING, SWITCH, False, "recompute layers in backward: less memory, slower")],
-    "training": [
-        ("num_train_epochs", TRAINING, POSITIVE, {"pretrain": 5.0, "finetune": 2.0},
-         "one window of each recording is an epoch"),
-        ("max_steps", TRAINING, COUNT, None, "steps of training, instead of epochs"),
-        ("learning_rate", TRAINING, POSITIVE, {"pretrain": 2e-3, "finetune": 3e-4}, "after warm-up; cosine decay"),
-        ("weight_decay", TRAINING, number(float, 0), 0.1, "of matrices"),
-        ("warmup_ratio", TRAINING, SHARE, 0.05, "share of the steps"),
-        ("forward_mask_prob", ("pretrain",), SHARE, 0.3, "share of the steps that hide temporal tokens of all parcels"),
-        ("stride_prob", ("pretrain",), SHARE, 0.4, "share of the windows that take every 2nd or 3rd timepoint, as if "
-         "scanned more slowly: for recordings with other repetition times"),
-        ("seed", TRAINING, number(int, 0, 2 ** 63), 0, "of weights, windows and masks")],
-    "run folder": [
-        ("output_dir", TRAINING, str, {"pretrain": "./runs/pretrain", "finetune": "./runs/finetune"},
-         "checkpoints, metrics.jsonl, args.json"),
-        ("overwrite_output_dir", TRAINING, SWITCH, False, "start anew; else the same command resumes a run"),
-        ("logging_steps", TRAINING, COUNT, 10, "steps between progress lines"),
-        ("eval_steps", TRAINING, number(int, 0), {"pretrain": 100, "finetune": 50},
-         "steps between validations; 0: only at the end"),
-        ("save_steps", TRAINING, COUNT, 50, "steps between checkpoints")],
-}
-CHOICES = {"device": ["auto", "cpu", "cuda", "mps"], "dtype": ["auto", "float32", "bfloat16"]}
-
-
 def command_line():
+    """The flags, named as in the reference implementation where it has them."""
     parser = OneLineParser(prog="brainlm.py", description="BrainLM: a foundation model for brain activity, in one file")
     commands = parser.add_subparsers(dest="command", required=True, metavar="pretrain | finetune | evaluate")
     for run in (pretrain, finetune, evaluate):
-        command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__,
+                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.set_defaults(run=run)
-        for title, flags in FLAGS.items():
-            group = command.add_argument_group(title)
-            for name, of_commands, kind, default, text in flags:
-                if run.__name__ not in of_commands:
-                    continue
-                if isinstance(default, dict):
-                    default = default.get(run.__name__)
-                options = {"default": default, "help": f"{text} (default: {default})"}
-                if default is OWN:
-                    options = {"default": argparse.SUPPRESS,
-                               "help": f"{text} (default: {getattr(BrainLMConfig, name)})"}
-                if kind in (SWITCH, YES_OR_NO):
-                    options["action"] = kind
-                else:
-                    options |= {"type": kind, "choices": CHOICES.get(name)}
-                group.add_argument(f"--{name}", **options)
+        flag = command.add_argument
+        flag("--train_dataset_path", default="./sample_data/train", help="folder with the training recordings")
+        flag("--val_dataset_path", default="./sample_data/val", help="folder with the validation recordings")
+        flag("--coords_dataset_path", default="./sample_data/coords", help="folder with the parcels' X, Y, Z in mm")
+        flag("--recording_col_name", default="Voxelwise_RobustScaler_Normalized_Recording",
+             help="column of (timepoints, parcels) recordings")
+        flag("--max_train_samples", type=int, help="use only the first training recordings")
+        flag("--max_eval_samples", type=int, help="use only the first validation recordings")
+        flag("--model_name_or_path", default=None if run is pretrain else "./runs/pretrain",
+             help="start from the weights in this run folder or on the Hub")
+        flag("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: the fastest there is")
+        flag("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+             help="auto: bfloat16 on CUDA and on CPUs with units for it; a resumed run keeps its type")
+        flag("--per_device_eval_batch_size", type=int, default=8,
+             help="windows that a process takes at once in evaluation")
+        if run is evaluate:
+            continue
+
+        if run is finetune:
+            flag("--variable_of_interest_col_name", default="Age.At.MHQ", help="column to predict")
+            flag("--freeze_backbone", action="store_true", help="train the MLP head alone")
+        flag("--output_dir", default=f"./runs/{run.__name__}", help="checkpoints, metrics.jsonl, args.json")
+        flag("--overwrite_output_dir", action="store_true", help="start anew; else the same command resumes a run")
+        flag("--num_train_epochs", type=float, default=5.0 if run is pretrain else 2.0,
+             help="one window of each recording is an epoch")
+        flag("--max_steps", type=int, help="steps of training, instead of epochs")
+        flag("--logging_steps", type=int, default=10, help="steps between progress lines")
+        flag("--eval_steps", type=int, default=100 if run is pretrain else 50,
+             help="steps between validations; 0: only at the end")
+        flag("--save_steps", type=int, default=50, help="steps between checkpoints")
+        flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; None: on CUDA only")
+        flag("--gradient_checkpointing", action="store_true", help="recompute layers in backward: less memory, slower")
+
+        training = command.add_argument_group("training", "what they are: TrainingConfig in brainlm.py")
+        for option in fields(TrainingConfig):
+            if run is pretrain or option.name not in ("forward_mask_prob", "stride_prob"):
+                training.add_argument(f"--{option.name}", type=option.type, default=option.default,
+                                      help="(default: %(default)s)")
+        if run is finetune:
+            command.set_defaults(learning_rate=3e-4)
+            continue
+
+        model = command.add_argument_group("model", "what they are: BrainLMConfig in brainlm.py; given "
+                                           "--model_name_or_path, the default is what those weights have")
+        for option in fields(BrainLMConfig):            # left out of args where not given
+            model.add_argument(f"--{option.name}", type=option.type, default=argparse.SUPPRESS,
+                               help=f"(default: {option.default})")
     return parser
 
 
 def main(arguments=None):
     args, status = command_line().parse_args(arguments), 0
     try:
+        check_numbers(vars(args))
         args.run(args)
     except (BadInput, OSError) as error:                # OSError: a disk that is full, a folder that is not ours
         print(f"error: {error}", file=sys.stderr)

@@ -89,8 +89,6 @@ def make_step(method, V, N, dtype, device, compiled):
 def training_step(method, V, N, device, seconds=10.0, **others):
     """Seconds of the fastest training step, memory above the import, arithmetic."""
     device = torch.device(device)
-    if device.type == "cpu" and method != "reference":  # which would run out of memory with it
-        brainlm.keep_freed_memory()                     # as the commands do
     at_import = memory(device)
     (step, model), times = make_step(method, V, N, device=device, **others), []
     while len(times) < 2 or sum(times) < seconds:
@@ -103,8 +101,6 @@ def training_step(method, V, N, device, seconds=10.0, **others):
 
 def profile(V, N, dtype, device, compiled):
     """Print where the time of a training step of ours goes; on a GPU, which kernels run."""
-    if device == "cpu":
-        brainlm.keep_freed_memory()
     step, _ = make_step("ours", V, N, dtype, device, compiled)
     step()
     with torch.profiler.profile() as profiler:
