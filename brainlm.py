@@ -601,7 +601,6 @@ def start_as_smoother(model):
 # ==================================================================================================
 
 import argparse
-import contextlib
 import datetime
 import functools
 import importlib
@@ -735,8 +734,8 @@ def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples
         num_parcels = num_parcels or max(widths, default=0)
         if (widths != num_parcels).any():
             t = np.argmax(widths != num_parcels)
-            refuse(f"row {row}, timepoint {t} has {widths[t]} parcels, expected {num_parcels}: is it ragged, transposed "
-                   "(timepoints come first), or of another atlas than the coordinates?")
+            refuse(f"row {row}, timepoint {t} has {widths[t]} parcels, expected {num_parcels}: is it ragged, "
+                   "transposed (timepoints come first) or of another atlas than the coordinates?")
         if len(timepoints) < window:
             refuse(f"row {row} has {len(timepoints)} timepoints, fewer than the window of {window}: leave it out or "
                    "lower --num_timepoints_per_voxel")
@@ -860,13 +859,11 @@ def from_pretrained(model_class, name_or_path, **changes):
 
 def download_from_hub(name):
     """The local folder of a Hub repository "user/name"."""
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise BadInput(f"{name}: no such run folder (python brainlm.py pretrain makes one)")
-    hub = import_optional("huggingface_hub")
     try:
-        return Path(hub.snapshot_download(name))
+        return Path(import_optional("huggingface_hub").snapshot_download(name))
     except Exception as error:                          # offline, unknown, private, ...: the Hub's own words say which
-        raise BadInput(f"{name}: no such folder here, and the Hub did not give it ({one_line(error)})") from None
+        raise BadInput(f"{name}: no such run folder (python brainlm.py pretrain makes one), nor did the Hub give it "
+                       f"({one_line(error)})") from None
 
 
 BrainLM.save_pretrained = BrainLMRegressor.save_pretrained = save_pretrained
@@ -1043,7 +1040,7 @@ def score_reconstruction(predict, ridge, dataset, windows, config, forecasting, 
     the i-th window every time. In a distributed run every process takes its share of the windows."""
     T, P, V = config.num_timepoints_per_voxel, config.timepoint_patching_size, dataset.num_parcels
     total = torch.zeros(5, P, dtype=torch.float64)
-    mine = range(rank(), len(windows), world_size())
+    mine = range(RANK, len(windows), WORLD_SIZE)
     for i in range(0, len(mine), batch_size):
         chosen = mine[i:i + batch_size]
         signal, mask = dataset.batch([windows[j] for j in chosen], T), forward_mask(len(chosen), T // P, V)
@@ -1131,13 +1128,13 @@ def connectivity_ridge(train_set, train_rows, train_target, val_set, val_rows):
     center, mean = train.mean(axis=0), train_target.mean()
     train, val, target = train - center, val - center, train_target - mean
     values, vectors = np.linalg.eigh(train @ train.T)          # dual form: many more connections than recordings
-    least, best = np.inf, None
+    fits = []
     for ridge in np.logspace(-3, 3, 25) * max(values.mean(), 1e-12):
         inverse = vectors / (values + ridge) @ vectors.T
         weights = inverse @ target
         error = np.square(weights / np.diag(inverse)).mean()   # of each recording, predicted from the others
-        if best is None or error < least:
-            least, best = error, weights
+        fits.append((error, weights))
+    _, best = min(fits, key=lambda fit: fit[0])
     return mean + val @ train.T @ best
 
 
@@ -1205,32 +1202,28 @@ def plot_evaluation(path, model, xyz, dataset, windows, tables):
 # 13. Devices: many processes, and attention that is fast in bfloat16 on CPUs
 
 
-def rank():
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))                   # torchrun sets them
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def print_once(message):
-    if rank() == 0:
+    if RANK == 0:
         print(message, flush=True)
 
 
 def from_rank_0(value):
     """What rank 0 passes, on every rank: whatever depends on one machine's files or processor is decided there."""
     box = [value]
-    if world_size() > 1:
+    if WORLD_SIZE > 1:
         dist.broadcast_object_list(box)
     return box[0]
 
 
 def sum_over_processes(tensor):
-    if world_size() > 1:
-        on_device = tensor.cuda() if dist.get_backend() == "nccl" else tensor
-        dist.all_reduce(on_device)
-        tensor = on_device.cpu()
+    """The sum of a tensor on the CPU, in place."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor)
     return tensor
 
 
@@ -1246,9 +1239,9 @@ def prepare_device(name):
     if not available[name]:
         raise BadInput(f"--device {name}: this machine or this build of torch has none")
     if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))     # which "cuda" means from here on
-    if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        torch.cuda.set_device(LOCAL_RANK)               # which "cuda" means from here on
+    if WORLD_SIZE > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
     return torch.device(name)
 
 
@@ -1354,11 +1347,12 @@ class RunFolder:
 
     def __init__(self, args, config):
         self.path = Path(args.output_dir)
-        self.args = {name: value for name, value in vars(args).items() if name != "run"}
+        self.args = {name: value for name, value in vars(args).items()
+                     if name not in ("run", "output_dir", "overwrite_output_dir")}
         if args.model_name_or_path and Path(args.model_name_or_path).resolve() == self.path.resolve():
             raise BadInput(f"--output_dir {self.path} is the folder that training starts from: choose another")
         state = None
-        if rank() == 0:
+        if RANK == 0:
             self.path.mkdir(parents=True, exist_ok=True)
             self.take_lock()
             present = [name for name in self.FILES if (self.path / name).exists()]
@@ -1373,26 +1367,23 @@ class RunFolder:
         self.metrics = self.state["metrics"] if self.state else []
 
     def take_lock(self):
-        with contextlib.suppress(ImportError):          # Windows has no fcntl: no lock there
-            fcntl = importlib.import_module("fcntl")
+        try:
+            import fcntl
             self.lock = open(self.path / ".lock", "w")
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)       # ends with the process, however it ends
-            except BlockingIOError:
-                raise BadInput(f"{self.path} is in use: another process is training there") from None
-            except OSError:
-                pass                                    # a file system without locks
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)           # ends with the process, however it ends
+        except BlockingIOError:
+            raise BadInput(f"{self.path} is in use: another process is training there") from None
+        except (ImportError, OSError):
+            pass                                        # Windows, or a file system without locks
 
     def read_state(self, config):
         """training_state.pt, refused if it is of another kind of run or of another model."""
         anew = "start anew with --overwrite_output_dir, or choose another --output_dir"
         try:
             state = load_tensors(self.path / "training_state.pt")
-        except BadInput as error:
-            raise BadInput(f"{error}: {anew}") from None
-        if {"args", "config", "dtype", "metrics"} - state.keys():
-            raise BadInput(f"{self.path} holds a run of another version of this program: {anew}")
-        before = state["args"] | state["config"]
+            before = state["args"] | state["config"]
+        except (BadInput, KeyError) as error:
+            raise BadInput(f"{self.path} holds no run of this program ({one_line(error)}): {anew}") from None
         now = self.args | asdict(config)
         fixed = {*asdict(config), "command", "variable_of_interest_col_name", "freeze_backbone"}
         changed = [name for name in now if before.get(name) != now[name]]
@@ -1405,13 +1396,13 @@ class RunFolder:
 
     def log(self, **metrics):
         self.metrics.append(to_json(metrics))
-        if rank() == 0:
+        if RANK == 0:
             with open(self.path / "metrics.jsonl", "a") as file:
                 file.write(self.metrics[-1])
 
     def save(self, model, **state):
         """First training_state.pt, complete, so that what resumes is always of one step; then what users read."""
-        if rank() == 0:
+        if RANK == 0:
             state |= {"model": model.state_dict(), "metrics": self.metrics, "args": self.args,
                       "config": asdict(model.config)}
             write_atomically(self.path / "training_state.pt", state)
@@ -1429,7 +1420,7 @@ def run_training(args, training, model, folder, xyz, dtype, num_recordings, batc
     """The loop of Part I, and around it resuming, progress, validation and checkpoints; both commands come here.
     batch_loss(model, samples, step) -> scalar loss; validate() -> {metric: value}. Returns the number of steps."""
     config, device = model.config, xyz.device
-    samples_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size()
+    samples_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * WORLD_SIZE
     optimizers = make_optimizers(model, training.learning_rate, training.weight_decay)
     first_step, first_sample, loss_sum, loss_count = 0, 0, 0.0, 0       # losses since the last line of progress
     if folder.state:
@@ -1456,43 +1447,36 @@ def run_training(args, training, model, folder, xyz, dtype, num_recordings, batc
                     loss_sum=loss_sum, loss_count=loss_count, dtype=str(dtype).removeprefix("torch."),
                     optimizers=[optimizer.state_dict() for optimizer in optimizers])
 
-    def loss_in_dtype(model, samples, step):
-        with autocast(device, dtype):
-            return batch_loss(model, samples, step)
-
     save(first_step)                                    # loadable from the start, however the last run ended
     tokens = (1 + config.num_timepoints_per_voxel // config.timepoint_patching_size * len(xyz)) * samples_per_step
     print_once(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {tokens:,} tokens a step, "
-               f"{world_size()} x {device.type}, {str(dtype).removeprefix('torch.')}")
+               f"{WORLD_SIZE} x {device.type}, {str(dtype).removeprefix('torch.')}")
     if args.gradient_checkpointing:
         recompute_layers(model)
-    trained = nn.parallel.DistributedDataParallel(model) if world_size() > 1 else model
+    trained = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     if args.compile or args.compile is None and device.type == "cuda":
         trained = torch.compile(trained)
     started = time.monotonic()
-    try:
-        for step, loss in train(trained, optimizers, loss_in_dtype, training, num_steps, first_step, first_sample,
-                                rank(), world_size()):
-            if step > first_step and args.eval_steps and step % args.eval_steps == 0:
-                metrics = validate()
-                print_once("  validation  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-                folder.log(step=step, **metrics)
-            if step > first_step and step % args.save_steps == 0:
-                save(step)
-            loss_sum += sum_over_processes(torch.tensor(loss, dtype=torch.float64)).item() / world_size()
-            loss_count += 1
-            done = step + 1
-            if done % args.logging_steps == 0 or done == num_steps:
-                seconds, mean = time.monotonic() - started, loss_sum / loss_count
-                rate = optimizers[0].param_groups[0]["lr"]
-                speed = (done - first_step) / seconds
-                left = datetime.timedelta(seconds=round((num_steps - done) / speed))
-                print_once(f"step {done:>{len(str(num_steps))}}/{num_steps}  loss {mean:.4f}  lr {rate:.2e}  "
-                           f"{speed * samples_per_step:.1f} samples/s  {left} left")
-                folder.log(step=done, loss=mean, learning_rate=rate, seconds=round(seconds, 2))
-                loss_sum, loss_count = 0.0, 0
-    except BadInput as error:                           # of train: the loss is not finite
-        raise BadInput(f"{error} in {folder.path}") from None
+    for step, loss in train(trained, optimizers, batch_loss, training, num_steps, first_step, first_sample,
+                            RANK, WORLD_SIZE):
+        if step > first_step and args.eval_steps and step % args.eval_steps == 0:
+            metrics = validate()
+            print_once("  validation  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+            folder.log(step=step, **metrics)
+        if step > first_step and step % args.save_steps == 0:
+            save(step)
+        loss_sum += sum_over_processes(torch.tensor(loss, dtype=torch.float64)).item() / WORLD_SIZE
+        loss_count += 1
+        done = step + 1
+        if done % args.logging_steps == 0 or done == num_steps:
+            seconds, mean = time.monotonic() - started, loss_sum / loss_count
+            rate = optimizers[0].param_groups[0]["lr"]
+            speed = (done - first_step) / seconds
+            left = datetime.timedelta(seconds=round((num_steps - done) / speed))
+            print_once(f"step {done:>{len(str(num_steps))}}/{num_steps}  loss {mean:.4f}  lr {rate:.2e}  "
+                       f"{speed * samples_per_step:.1f} samples/s  {left} left")
+            folder.log(step=done, loss=mean, learning_rate=rate, seconds=round(seconds, 2))
+            loss_sum, loss_count = 0.0, 0
     save(num_steps)
     model.eval()
     return num_steps
@@ -1502,22 +1486,22 @@ def report(folder, model, num_steps, tables, dataset):
     """Print the tables, log them, and put them into the run folder's model card, which the Hub shows."""
     print_once(markdown(tables))
     folder.log(step=num_steps, tables=tables)
-    if rank() > 0:
+    if RANK > 0:
         return
-    name, config = type(model).__name__, model.config
+    name = type(model).__name__
     write_atomically(folder.path / "README.md", f"""---
 tags: [fmri, brainlm]
 ---
 # {name}
 
-{config.num_hidden_layers} layers, hidden size {config.hidden_size}, patches of {config.timepoint_patching_size}
-timepoints, trained for {num_steps} steps on windows of {config.num_timepoints_per_voxel} timepoints from
-`{dataset.recording_col}` of `{Path(dataset.path).name}` ({len(dataset)} recordings, {dataset.num_parcels} parcels).
+Trained for {num_steps} steps on `{dataset.recording_col}` of `{Path(dataset.path).name}` ({len(dataset)} recordings of
+{dataset.num_parcels} parcels), and compared with closed-form baselines:
 {markdown(tables)}
 
-To load it, in this folder: `from brainlm import {name}; model = {name}.from_pretrained(".")`. The method: Ortega Caro et
-al., BrainLM: A foundation model for brain activity recordings, ICLR 2024.
+To load it, in this folder: `from brainlm import {name}; model = {name}.from_pretrained(".")`. The method: Ortega Caro
+et al., BrainLM: A foundation model for brain activity recordings, ICLR 2024.
 """)
+    print_once(f"\nthe model is in {folder.path}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1530,14 +1514,14 @@ def open_data(args, window, device):
     paths = (args.train_dataset_path, args.val_dataset_path, args.coords_dataset_path)
     if all(path.startswith("./sample_data/") for path in paths):
         made = Path("sample_data/train/state.json").exists()            # written last
-        if not made and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if not made and LOCAL_RANK == 0:
             print_once("no ./sample_data yet: making it (python sample_data.py)")
             try:
-                make_sample_data = importlib.import_module("sample_data").make_sample_data
-            except (ImportError, AttributeError):       # or an installed package that has the name by chance
+                from sample_data import make_sample_data
+            except ImportError:                         # or an installed package has the name by chance
                 raise BadInput("no sample_data.py beside brainlm.py: get it, or name datasets of your own") from None
             make_sample_data("./sample_data")
-        if world_size() > 1:
+        if WORLD_SIZE > 1:
             dist.barrier()                              # one process of each machine makes them, all wait
     xyz, networks = open_coordinates(args.coords_dataset_path)
     column, V = args.recording_col_name, len(xyz)
@@ -1570,7 +1554,8 @@ def pretrain(args):
     def batch_loss(model, samples, step):
         batch = pretraining_batch(train_set, config, training, samples, step)
         signal, mask, gain = (tensor.to(device) for tensor in batch)
-        return pretraining_loss(model, signal, xyz, mask, gain, config.loss_fn)
+        with autocast(device, dtype):
+            return pretraining_loss(model, signal, xyz, mask, gain, config.loss_fn)
 
     def validate():
         predict, metrics = model_predictor(model, xyz, dtype), {}
@@ -1583,7 +1568,6 @@ def pretrain(args):
     num_steps = run_training(args, training, model, folder, xyz, dtype, len(train_set), batch_loss, validate)
     tables = evaluate_reconstruction(model, xyz, dtype, train_set, val_set, windows, args.per_device_eval_batch_size)
     report(folder, model, num_steps, tables, train_set)
-    print_once(f"\nthe model is in {folder.path}")
 
 
 def finetune(args):
@@ -1609,14 +1593,15 @@ def finetune(args):
     def batch_loss(model, samples, step):
         windows = [train_set.training_window(n, rows, T, args.seed) for n in samples]
         truth = torch.tensor([target[row] for row, *_ in windows], dtype=torch.float32, device=device)
-        return regression_loss(model, train_set.batch(windows, T).to(device), xyz, truth, std)
+        with autocast(device, dtype):
+            return regression_loss(model, train_set.batch(windows, T).to(device), xyz, truth, std)
 
     @torch.no_grad()
     def predict():
         """Predictions for val_rows: each the mean over the recording's fixed windows."""
         model.eval()
         predictions, size = torch.zeros(len(val_rows), dtype=torch.float64), args.per_device_eval_batch_size
-        for i in range(rank(), len(val_rows), world_size()):
+        for i in range(RANK, len(val_rows), WORLD_SIZE):
             windows = fixed_windows(val_set, val_rows[i:i + 1], T, spacing=T)
             batches = (val_set.batch(windows[j:j + size], T) for j in range(0, len(windows), size))
             with autocast(device, dtype):
@@ -1637,7 +1622,6 @@ def finetune(args):
                connectivity_ridge(train_set, rows, target[rows], val_set, val_rows)}
     table = {name: regression_scores(prediction, val_target[val_rows]) for name, prediction in methods.items()}
     report(folder, model, num_steps, {f"{column}, {len(val_rows)} validation recordings": table}, train_set)
-    print_once(f"\nthe model is in {folder.path}")
 
 
 def evaluate(args):
@@ -1652,13 +1636,14 @@ def evaluate(args):
     if networks and len(xyz) > 1:
         tables |= evaluate_networks(model, xyz, val_set, windows, networks)
     print_once(markdown(tables))
-    if rank() > 0:
+    if RANK > 0:
         return
     folder = Path(args.model_name_or_path)
     if not folder.is_dir():                             # a model of the Hub
         folder = Path("runs", folder.name)
         folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "evaluation.json", to_json({"dataset": args.val_dataset_path, "tables": tables}, indent=2))
+    content = {"dataset": args.val_dataset_path, "tables": tables}
+    write_atomically(folder / "evaluation.json", to_json(content, indent=2))
     print_once(f"\nwritten to {folder / 'evaluation.json'}")
     try:
         plot_evaluation(folder / "evaluation.png", model, xyz, val_set, windows, tables)

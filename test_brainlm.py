@@ -633,6 +633,8 @@ def in_process(line, log, environment, kill_at=None, number=signals.SIGKILL, lar
     for stream in 1, 2:
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
     os.environ |= environment
+    brainlm.RANK = int(environment.get("RANK", 0))      # as if it was imported only now
+    brainlm.WORLD_SIZE = int(environment.get("WORLD_SIZE", 1))
     torch.set_num_threads(1)
     if largest_file:
         signals.signal(signals.SIGXFSZ, full)
@@ -788,7 +790,7 @@ FAULTS = {  # flag: {what: (the files of a folder that it names, what the error 
         "constant target": (dataset(R=[GOOD] * 3, Age=[0.1] * 3), "'Age' is 0.1 ... in every row"),
         "target too large": (dataset(R=[GOOD] * 2, Age=[50.0, -1e300]), "'Age' is -1e+300 in row 1")},
     "val_dataset_path": {
-        "transposed": (dataset(R=[GOOD, numbers(V, 20).tolist()]), "row 1 ... 20 parcels ... transposed?"),
+        "transposed": (dataset(R=[GOOD, numbers(V, 20).tolist()]), "row 1 ... 20 parcels ... transposed"),
         "too short": (dataset(R=[GOOD, GOOD[:11]]), "row 1 has 11 timepoints ... window of 12"),
         "infinity late": (dataset(R=[GOOD, GOOD + [[math.inf] * V]]), "row 1, timepoint 20, parcel 0 is inf"),
         "no target": (dataset(R=[GOOD] * 2, Age=[math.nan, None]), "'Age' is missing in every row")},
