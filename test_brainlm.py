@@ -1085,8 +1085,7 @@ def test_tables_stand_in_the_order_of_each_methods_best_ridge(tmp_path):
         task = dataset, windows, tiny_config(), name != "Gaussian conditional mean", 8
         sums = [brainlm.score_reconstruction(predict, ridge, *task) for ridge in brainlm.RIDGES]
         best[name] = max(scores(of_ridge.sum(dim=1))["R2"] for of_ridge in sums)
-    tables = brainlm.evaluate_reconstruction(tiny_model(), xyz, torch.device("cpu"), torch.float32, dataset,
-                                             dataset, windows, 8)
+    tables = brainlm.evaluate_reconstruction(tiny_model(), xyz, torch.float32, dataset, dataset, windows, 8)
     for table in tables.values():
         assert len(table) > 1 and list(table) == sorted(table, key=best.get, reverse=True)
         assert all(row["R2"] == best[name] for name, row in table.items() if name != "BrainLM")
