@@ -1345,14 +1345,14 @@ def test_a_finished_run_started_again_changes_nothing_and_mends_its_files(data, 
 
 
 @pytest.mark.parametrize("line, told", [
-    ("pretrain --hidden_size=16", "hidden_size 8 there and 16 now ... --overwrite_output_dir"),
-    ("pretrain --num_hidden_layers=1", "num_hidden_layers 2 there and 1 now ... --overwrite_output_dir"),
-    ("pretrain --mask_ratio=0.5", "mask_ratio 0.75 there and 0.5 now ... --overwrite_output_dir"),
-    ("pretrain --loss_fn=mae", "loss_fn mse there and mae now ... --overwrite_output_dir"),
+    ("pretrain --hidden_size=16", "hidden_size 8 there and 16 now ... --output_dir"),
+    ("pretrain --num_hidden_layers=1", "num_hidden_layers 2 there and 1 now ... --output_dir"),
+    ("pretrain --mask_ratio=0.5", "mask_ratio 0.75 there and 0.5 now ... --output_dir"),
+    ("pretrain --loss_fn=mae", "loss_fn mse there and mae now ... --output_dir"),
     ("finetune --model_name_or_path={pretrained}", "command pretrain there and finetune now"),
     ("pretrain --max_steps=5", "6 steps"),
     ("pretrain --model_name_or_path={pretrained} --hidden_size=16", "hidden_size=16 ... size mismatch"),
-    ("pretrain --model_name_or_path={run} --overwrite_output_dir", "choose another")])
+    ("finetune --model_name_or_path={run}", "command pretrain there and finetune now")])
 def test_a_run_is_not_resumed_with_other_flags(data, uninterrupted, run, line, told):
     command, *flags = line.format(run=run, pretrained=data / "pretrained").split()
     assert_refused(words(command, data, run, *flags), told)
@@ -1365,33 +1365,13 @@ def test_a_broken_training_state_is_not_resumed(data, run, what):
     torch.save({"step": 3}, other)
     content = {"empty": b"", "cut": content[:len(content) // 2], "of another version": other.getvalue()}[what]
     (run / "training_state.pt").write_bytes(content)
-    assert_refused(words("pretrain", data, run), f"{run} ... --overwrite_output_dir")
+    assert_refused(words("pretrain", data, run), f"{run} ... --output_dir")
 
 
-def test_overwrite_output_dir_starts_anew_and_never_mixes_two_runs(data, uninterrupted, tmp_path):
-    """Killed on the way, a folder holds the old model, none, or the new one: no new number on old weights."""
-    expected = (uninterrupted["pretrain"] / "pytorch_model.bin").read_bytes()
-    for kill_at in (*range(1, 16), 30):
-        run = shutil.copytree(uninterrupted["pretrain"], tmp_path / str(kill_at))
-        (run / "evaluation.json").write_text("{}")
-        line = words("pretrain", data, run, "--overwrite_output_dir", "--mask_ratio", 0.5)
-        ended(start(line, kill_at=kill_at), -signals.SIGKILL)
-        if (run / "pytorch_model.bin").exists() and (run / "config.json").exists():
-            old = (run / "pytorch_model.bin").read_bytes() == expected
-            assert load(run).config.mask_ratio == (0.75 if old else 0.5)
-        left = {path.name for path in run.iterdir()} & {*brainlm.RunFolder.FILES}
-        assert "training_state.pt" in left or not left, "else the next start takes it for somebody else's"
-    assert not old and not (run / "evaluation.json").exists() and not (run / "README.md").exists()
-    run = shutil.copytree(uninterrupted["finetune"], tmp_path / "run")
-    assert "resuming" not in run_here(words("pretrain", data, run, "--overwrite_output_dir"))
-    assert_same_run(run, uninterrupted["pretrain"])
-
-
-@pytest.mark.parametrize("name", ["README.md", "brainlm.py", "config.json"])
-@pytest.mark.parametrize("more", [[], ["--overwrite_output_dir"]])
-def test_files_of_others_are_not_overwritten(data, tmp_path, name, more):
+@pytest.mark.parametrize("name", ["README.md", "brainlm.py", "notes.txt"])
+def test_files_of_others_are_not_overwritten(data, tmp_path, name):
     (tmp_path / name).write_text("mine")
-    assert_refused(words("pretrain", data, tmp_path, *more), f"{tmp_path} ... {name} ... --output_dir")
+    assert_refused(words("pretrain", data, tmp_path), f"{tmp_path} ... {name} ... --output_dir")
     assert (tmp_path / name).read_text() == "mine"
 
 
