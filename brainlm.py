@@ -1344,16 +1344,22 @@ class RunFolder:
 
     def __init__(self, args, config):
         self.path = Path(args.output_dir)
-        self.args = {name: value for name, value in vars(args).items() if name not in ("run", "output_dir")}
+        self.args = {name: value for name, value in vars(args).items()
+                     if name not in ("run", "output_dir", "overwrite_output_dir")}
+        if args.model_name_or_path and Path(args.model_name_or_path).resolve() == self.path.resolve():
+            raise BadInput(f"--output_dir {self.path} is the folder that training starts from: choose another")
         state = None
         if RANK == 0:
             self.path.mkdir(parents=True, exist_ok=True)
             self.take_lock()
             present = [file.name for file in self.path.iterdir() if not file.name.startswith(".")]
-            if "training_state.pt" in present:
-                state = self.read_state(config)
-            elif present:
+            if present and "training_state.pt" not in present:
                 raise BadInput(f"{self.path} holds {present[0]}, and not of a run: choose another --output_dir")
+            if args.overwrite_output_dir:               # what tells of the old model; the first save replaces the rest
+                for name in ("README.md", "evaluation.json", "evaluation.png"):
+                    (self.path / name).unlink(missing_ok=True)
+            elif present:
+                state = self.read_state(config)
         self.state = from_rank_0(state)
         self.metrics = self.state["metrics"] if self.state else []
 
@@ -1369,7 +1375,7 @@ class RunFolder:
 
     def read_state(self, config):
         """training_state.pt, refused if it is of another kind of run or of another model."""
-        anew = "delete it to start anew, or choose another --output_dir"
+        anew = "start anew with --overwrite_output_dir, or choose another --output_dir"
         try:
             state = load_tensors(self.path / "training_state.pt")
             before = state["args"] | state["config"]
@@ -1423,8 +1429,8 @@ def run_training(args, training, model, folder, xyz, dtype, num_recordings, batc
             first_step, first_sample = folder.state["step"], folder.state["samples"]
             loss_sum, loss_count = folder.state["loss_sum"], folder.state["loss_count"]
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"{folder.path / 'training_state.pt'} does not fit this model ({one_line(error)}): delete "
-                           "the folder to start anew, or choose another --output_dir") from None
+            raise BadInput(f"{folder.path / 'training_state.pt'} does not fit this model ({one_line(error)}): start "
+                           "anew with --overwrite_output_dir") from None
         folder.state = None
     samples_left = max(0, math.ceil(args.num_train_epochs * num_recordings) - first_sample)
     num_steps = args.max_steps or first_step + math.ceil(samples_left / samples_per_step)
@@ -1679,6 +1685,7 @@ def command_line():
             flag("--freeze_backbone", action="store_true", help="train the MLP head alone")
         flag("--output_dir", default=f"./runs/{run.__name__}",
              help="checkpoints, metrics.jsonl, args.json; a run that was stopped there is resumed")
+        flag("--overwrite_output_dir", action="store_true", help="start anew instead")
         flag("--num_train_epochs", type=float, default=5.0 if run is pretrain else 2.0,
              help="one window of each recording is an epoch")
         flag("--max_steps", type=int, help="steps of training, instead of epochs")

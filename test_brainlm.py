@@ -1352,7 +1352,7 @@ def test_a_finished_run_started_again_changes_nothing_and_mends_its_files(data, 
     ("finetune --model_name_or_path={pretrained}", "command pretrain there and finetune now"),
     ("pretrain --max_steps=5", "6 steps"),
     ("pretrain --model_name_or_path={pretrained} --hidden_size=16", "hidden_size=16 ... size mismatch"),
-    ("finetune --model_name_or_path={run}", "command pretrain there and finetune now")])
+    ("pretrain --model_name_or_path={run} --overwrite_output_dir", "choose another")])
 def test_a_run_is_not_resumed_with_other_flags(data, uninterrupted, run, line, told):
     command, *flags = line.format(run=run, pretrained=data / "pretrained").split()
     assert_refused(words(command, data, run, *flags), told)
@@ -1366,6 +1366,14 @@ def test_a_broken_training_state_is_not_resumed(data, run, what):
     content = {"empty": b"", "cut": content[:len(content) // 2], "of another version": other.getvalue()}[what]
     (run / "training_state.pt").write_bytes(content)
     assert_refused(words("pretrain", data, run), f"{run} ... --output_dir")
+
+
+def test_overwrite_output_dir_starts_anew(data, uninterrupted, tmp_path):
+    run = shutil.copytree(uninterrupted["finetune"], tmp_path / "run")
+    (run / "evaluation.json").write_text("{}")
+    assert "resuming" not in run_here(words("pretrain", data, run, "--overwrite_output_dir"))
+    assert_same_run(run, uninterrupted["pretrain"])
+    assert not (run / "evaluation.json").exists()
 
 
 @pytest.mark.parametrize("name", ["README.md", "brainlm.py", "notes.txt"])
