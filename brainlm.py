@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim import Muon
 
 # ==================================================================================================
 # Part I: the lesson
@@ -75,9 +76,7 @@ class TrainingConfig:
 # Knobs that have no flag.
 ADAM_BETAS = 0.9, 0.95         # not 0.999: a run of 250 steps has no time to average over 1,000
 MUON_RATE = 3.0                # Muon's learning rate = this times AdamW's; 6 was no better
-MUON_MOMENTUM = 0.95           # torch's own default
 MAX_GRADIENT_NORM = 1.0        # longer gradients are cut to this: one odd recording moves little
-GAIN_SPREAD = 0.5              # of log(gain): most windows become 0.6 to 1.6 times as loud
 FORWARD_HIDDEN = 1 / 3         # probability that a forward step hides an earlier temporal token
 
 
@@ -297,7 +296,7 @@ class BrainLM(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(H)
         self.head = nn.Linear(H, P)
-        start_as_smoother(self)
+        initial_weights(self)
 
     def positions(self, xyz, N):
         """Where each parcel is, [V, H], when each temporal token is, [N, H], and both side by side
@@ -384,13 +383,6 @@ def forward_mask(B, N, V):
     return mask
 
 
-def repeated_forward_mask(B, N, V, generator=None):
-    """forward_mask, and each earlier patch hidden with probability 1/3 as well, the same in all
-    samples: each is forecast from the patches before it, so a window holds several forecasts."""
-    gaps = torch.rand(N, 1, generator=generator) < FORWARD_HIDDEN                    # [N, 1]
-    return forward_mask(B, N, V) | gaps
-
-
 def reconstruction_loss(prediction, signal, mask, loss_fn="mse"):
     """Mean squared ("mse") or absolute ("mae") error over hidden tokens alone: a visible one could
     simply be copied. prediction, signal [B, T, V], mask bool [B, N, V]."""
@@ -401,29 +393,26 @@ def reconstruction_loss(prediction, signal, mask, loss_fn="mse"):
 
 
 def pretraining_batch(dataset, config, training, samples, step):
-    """What a step learns from: signal [B, T, V], mask bool [B, N, V] and gain [B, 1, 1] of the
-    samples with these numbers. The kind of mask is one for the step, in all its batches."""
+    """What a step learns from: signal [B, T, V] and mask bool [B, N, V] of the samples with these
+    numbers. The kind of mask is one for the step, in all its batches."""
     T, V = config.num_timepoints_per_voxel, dataset.num_parcels
     N, B, seed = T // config.timepoint_patching_size, len(samples), training.seed
     windows = [dataset.training_window(n, range(len(dataset)), T, seed, training.stride_prob)
                for n in samples]
     random = generator(seed, "kind of mask", step)
     if torch.rand((), generator=random) < training.forward_mask_prob:
-        mask = repeated_forward_mask(B, N, V, random)
+        # Earlier patches are hidden as well, some of them: so a window holds several forecasts.
+        mask = forward_mask(B, N, V) | (torch.rand(N, 1, generator=random) < FORWARD_HIDDEN)
     else:
         mask = torch.cat([random_mask(1, N, V, config.mask_ratio, generator(seed, "random mask", n))
                           for n in samples])
-    gain = torch.cat([
-        torch.empty(1, 1, 1).log_normal_(0, GAIN_SPREAD, generator=generator(seed, "gain", n))
-        for n in samples])
-    return dataset.batch(windows, T), mask, gain
+    return dataset.batch(windows, T), mask
 
 
-def pretraining_loss(model, signal, xyz, mask, gain, loss_fn="mse"):
-    """The loss of a batch. Some recordings are louder than others: so the model sees the signal
-    times a random gain. Its answer is divided by it: a window counts as it would without gain."""
-    prediction, _ = model(gain * signal, xyz, mask)                                  # [B, T, V]
-    return reconstruction_loss(prediction / gain, signal, mask, loss_fn)
+def pretraining_loss(model, signal, xyz, mask, loss_fn="mse"):
+    """The loss of a batch: hide, reconstruct, compare."""
+    prediction, _ = model(signal, xyz, mask)                                         # [B, T, V]
+    return reconstruction_loss(prediction, signal, mask, loss_fn)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -491,9 +480,8 @@ def make_optimizers(model, learning_rate, weight_decay):
          {"params": vectors, "weight_decay": 0.0, "scale": 1.0}],
         lr=learning_rate, betas=ADAM_BETAS, fused=True)]
     if in_layers:                               # none where the backbone is frozen
-        optimizers.append(torch.optim.Muon(
-            [{"params": in_layers, "scale": MUON_RATE}], lr=learning_rate, momentum=MUON_MOMENTUM,
-            weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))     # same unit of lr
+        optimizers.append(Muon([{"params": in_layers, "scale": MUON_RATE}], learning_rate,
+                               weight_decay, adjust_lr_fn="match_rms_adamw"))   # same unit of lr
     return optimizers
 
 
@@ -537,12 +525,23 @@ def train(model, optimizers, batch_loss, training, num_steps, first_step=0, samp
 # --------------------------------------------------------------------------------------------------
 # 9. The start: initial weights
 
+def continuation(P):
+    """What to expect after a patch, a matrix [P, P]: next patch = continuation @ patch. It is the
+    conditional mean of a signal that is smooth over 4 timepoints, in noise of half its variance:
+    the last few values go on, and decay. (On real and on sample data, 4 is best of 2 to 6.)"""
+    time = torch.arange(2 * P)
+    covariance = torch.exp(-0.5 * ((time[:, None] - time) / 4) ** 2)             # [2 * P, 2 * P]
+    return covariance[P:, :P] @ torch.linalg.inv(covariance[:P, :P] + 0.5 * torch.eye(P))
+
+
 @torch.no_grad()
-def start_as_smoother(model):
-    """Initial weights with which the untrained BrainLM averages the visible signals of parcels
-    nearby at the same time, a fair first guess at a hidden one."""
+def initial_weights(model):
+    """The start of the untrained BrainLM, a fair first guess at a hidden patch. Half of the heads,
+    the spatial ones, average the visible signals nearby at the same time; the others, the temporal
+    ones, continue the patch that came before at the same place."""
     H, P = model.config.hidden_size, model.config.timepoint_patching_size
-    N = model.config.num_timepoints_per_voxel // P
+    N, heads = model.config.num_timepoints_per_voxel // P, model.config.num_attention_heads
+    D = H // heads
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -556,43 +555,56 @@ def start_as_smoother(model):
     #    No other term may lie along these directions: the head would print it as signal. So QR
     #    turns the P columns away from ones (LayerNorm removes the mean over H) and the sinusoid;
     #    where and [MASK] lose their part along them.
-    taken = torch.zeros(H, 0)
-    if N + P < H:                               # tiny models have no room for that
-        taken = torch.cat([torch.ones(1, H), temporal_encoding(N, H)]).T         # [H, 1 + N]
-    directions = torch.cat([taken, nn.init.orthogonal_(torch.empty(H, P))], dim=1)
-    if P < H:                                   # else QR would leave fewer than P columns
-        directions = torch.linalg.qr(directions)[0]
+    taken = torch.cat([torch.ones(1, H), temporal_encoding(N, H)]).T             # [H, 1 + N]
+    directions = torch.cat([taken, torch.randn(H, P)], dim=1)
     projection = model.patch_projection.weight                                   # [H, P]
-    projection.copy_(directions[:, -P:])
+    projection.copy_(torch.linalg.qr(directions)[0][:, -P:])
     model.head.weight.copy_(projection.T)
     signal_space = projection @ projection.T                                     # [H, H]
     model.spatial_encoding.linear.weight -= signal_space @ model.spatial_encoding.linear.weight
     model.mask_token -= signal_space @ model.mask_token
 
+    # 3. One patch later: the matrix with next_patch @ when(n) = when(n + 1), which turns each pair
+    #    (sine, cosine) of the sinusoid by its own angle.
+    sine, cosine = temporal_encoding(2, H)[1].view(-1, 2).T                      # [H / 2] each
+    turns = torch.stack([cosine, sine, -sine, cosine], dim=1).view(-1, 2, 2)
+    next_patch = torch.block_diag(*turns)                                        # [H, H]
+
     for layer in model.layers:
-        # 3. Content: keys equal queries, so that a token reads those like itself. The factor 0.2
+        # 4. Content: keys equal queries, so that a token reads those like itself. The factor 0.2
         #    makes that weak: it is place and time that should choose at first.
         query, key, value = layer.qkv.weight.chunk(3)                            # [H, H] each
         nn.init.orthogonal_(query).mul_(0.2)
         key.copy_(query)
 
-        # 4. Hidden tokens have nothing to tell: the bias turns every query away from [MASK]'s key,
+        # 5. Hidden tokens have nothing to tell: the bias turns every query away from [MASK]'s key,
         #    4 long in each head. With D = 64 a key that reaches l along [MASK]'s loses l / 2.
-        hidden_key = (key @ model.mask_token).view(layer.num_heads, -1)          # [heads, D]
+        hidden_key = (key @ model.mask_token).view(heads, -1)                    # [heads, D]
         hidden_key = F.normalize(hidden_key, dim=1).flatten()                    # [H]
         layer.qkv.bias.chunk(3)[0].copy_(-4 * hidden_key)
 
-        # 5. Position: again keys equal queries, once for where and once for when. The factor 2
-        #    makes near places attract sharply enough to prefer neighbours, and still a mean.
+        # 6. Position: again keys equal queries, once for where and once for when, so that a token
+        #    reads what is near it; only, keys of temporal heads tell the time of the next patch.
+        #    The factors say how near: spatial heads average, temporal heads want one patch.
         query, key = layer.position_qk.weight.chunk(2)                           # [H, 2 * H] each
         nn.init.orthogonal_(query[:, :H])
         nn.init.orthogonal_(query[:, H:])
-        query.mul_(2)
+        query.view(heads, D, 2, H)[0::2] *= torch.tensor([2.0, 4.0])[:, None]    # where, when
+        query.view(heads, D, 2, H)[1::2] *= torch.tensor([8.0, 6.0])[:, None]
         key.copy_(query)
+        temporal_when = key.view(heads, D, 2, H)[1::2, :, 1]                     # [heads / 2, D, H]
+        temporal_when.copy_(temporal_when @ next_patch)
 
-        # 6. What is read is passed on unchanged, by each layer its share; the MLP adds little yet.
-        nn.init.eye_(value)
-        nn.init.eye_(layer.out.weight).div_(len(model.layers))
+        # 7. What is read: the first P numbers of every head are the patch itself. Spatial heads
+        #    pass it on unchanged, temporal ones its continuation, each layer its share. The shares
+        #    of a kind add up to 0.6, since both kinds often say the same. The MLP adds little yet.
+        nn.init.orthogonal_(value)
+        value.view(heads, D, H)[:, :P] = projection.T[:D]
+        nn.init.zeros_(layer.out.weight)
+        out = layer.out.weight.view(H, heads, D)[:, :, :P]                       # [H, heads, P]
+        share = 1.2 / (heads * len(model.layers))
+        out[:, 0::2] = share * projection[:, None, :D]
+        out[:, 1::2] = share * (projection @ continuation(P))[:, None, :D]
         nn.init.normal_(layer.down.weight, std=0.002)
 
 
@@ -643,6 +655,8 @@ def check_config(config):
     if H % config.num_attention_heads or H % 2:
         raise BadInput(f"hidden_size {H} must be even and divisible by num_attention_heads "
                        f"{config.num_attention_heads}")
+    if H < P:
+        raise BadInput(f"hidden_size {H} is less than timepoint_patching_size {P}: a token must hold a patch")
     if config.loss_fn not in ("mse", "mae"):
         raise BadInput(f"loss_fn is {config.loss_fn!r}: it must be mse or mae")
     return config
@@ -841,6 +855,9 @@ def from_pretrained(model_class, name_or_path, **changes):
         config = check_config(BrainLMConfig(**settings | changes))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{file} is missing or no configuration of a BrainLM ({error!r})") from None
+    if config.num_attention_heads != settings["num_attention_heads"]:           # the shapes of weights do not tell
+        raise BadInput(f"{folder}: the weights are of {settings['num_attention_heads']} attention heads, not of "
+                       f"{config.num_attention_heads}")
     file = folder / "model.safetensors"                 # of two, the one that transformers takes
     if not file.exists():
         file = folder / "pytorch_model.bin"
@@ -1090,14 +1107,15 @@ def knn_accuracy(distance, labels, k=5):
 
 def evaluate_networks(model, xyz, dataset, windows, networks):
     """Zero-shot functional networks: the label of a left-out parcel from its nearest neighbours among the others, by
-    the model's embedding, by the coordinates, by functional connectivity. {title: {method: {score: value}}}"""
+    the model's states, by the coordinates, by functional connectivity. {title: {method: {score: value}}}"""
     T, V = model.config.num_timepoints_per_voxel, dataset.num_parcels
-    embedding, connectivity = np.zeros((model.config.hidden_size, V)), np.zeros((V, V))
+    similarity, connectivity = np.zeros((V, V)), np.zeros((V, V))
     for window in windows:
         signal = dataset.batch([window], T)
-        embedding += model.embed(signal.to(xyz.device), xyz)[1][0].float().cpu().numpy().T
+        similarity += model.similarity(signal.to(xyz.device), xyz)[0].cpu().numpy()
         connectivity += correlation(signal[0].numpy())
-    methods = {"BrainLM embedding": 1 - correlation(embedding), "coordinates": torch.cdist(xyz, xyz).cpu().numpy(),
+    methods = {"BrainLM similarity": -similarity, "coordinates": torch.cdist(xyz, xyz).cpu().numpy(),
+               "functional connectivity": -connectivity,
                "functional connectivity profile": 1 - correlation(connectivity)}
     return {f"functional networks of left-out parcels (5 nearest neighbours of {V})":
             {name: {"accuracy": knn_accuracy(distance, networks)} for name, distance in methods.items()}}
@@ -1118,24 +1136,39 @@ def regression_scores(prediction, target):
                 "r": float(np.corrcoef(prediction, target)[0, 1])}
 
 
-def connectivity_ridge(train_set, train_rows, train_target, val_set, val_rows):
-    """The opponent in regression: ridge on functional connectivity, its penalty chosen by leave-one-out on the training
-    recordings. Returns predictions for val_rows."""
+def connectivity_ridge(train_set, train_rows, train_target, val_set, val_rows, projections):
+    """The opponent in regression: ridge on the functional connectivity of projected signals. Penalty and projection,
+    one of [V, V] each, are chosen by leave-one-out on the training recordings. Returns predictions for val_rows."""
     upper = np.triu_indices(train_set.num_parcels, k=1)
     train_rows, train_target = train_rows[:MAX_BASELINE_ROWS], train_target[:MAX_BASELINE_ROWS]
-    train = np.stack([correlation(train_set.window(row))[upper] for row in train_rows])
-    val = np.stack([correlation(val_set.window(row))[upper] for row in val_rows])
-    center, mean = train.mean(axis=0), train_target.mean()
-    train, val, target = train - center, val - center, train_target - mean
-    values, vectors = np.linalg.eigh(train @ train.T)          # dual form: many more connections than recordings
-    fits = []
-    for ridge in np.logspace(-3, 3, 25) * max(values.mean(), 1e-12):
-        inverse = vectors / (values + ridge) @ vectors.T
-        weights = inverse @ target
-        error = np.square(weights / np.diag(inverse)).mean()   # of each recording, predicted from the others
-        fits.append((error, weights))
-    _, best = min(fits, key=lambda fit: fit[0])
-    return mean + val @ train.T @ best
+    mean, fits = train_target.mean(), []
+    for projection in projections:
+        train = np.stack([correlation(train_set.window(row) @ projection)[upper] for row in train_rows])
+        center = train.mean(axis=0)
+        train = train - center
+        values, vectors = np.linalg.eigh(train @ train.T)      # dual form: many more connections than recordings
+        values, vectors = values[1:], vectors[:, 1:]           # the first, 0, is the mean, which centring took out
+        for ridge in np.logspace(-3, 3, 25) * max(values.mean(), 1e-12):
+            inverse = vectors / (values + ridge) @ vectors.T
+            weights = inverse @ (train_target - mean)
+            error = np.square(weights / np.diag(inverse)).mean()       # of each recording, predicted from the others
+            fits.append((error, projection, center, train.T @ weights))
+    _, projection, center, slope = min(fits, key=lambda fit: fit[0])
+    val = np.stack([correlation(val_set.window(row) @ projection)[upper] for row in val_rows])
+    return mean + (val - center) @ slope
+
+
+def coskewness_projections(dataset, rows):
+    """Onto the leading directions of the parcels' co-skewness, E[x_u x_v x_w] as a matrix [V, V * V], in which
+    connectivity is reported to tell more of cognition (arXiv 2606.04010): [V, V] each."""
+    V = dataset.num_parcels
+    squared = np.zeros((V, V))                          # that matrix times its transpose, summed over recordings
+    for row in rows[:MAX_BASELINE_ROWS]:
+        signal = dataset.window(row) - dataset.window(row).mean(axis=0)
+        signal = signal / np.maximum(signal.std(axis=0), 1e-12)
+        squared += signal.T @ np.square(signal @ signal.T) @ signal / len(signal) ** 2
+    directions = np.linalg.eigh(squared)[1][:, ::-1]    # the leading one first
+    return [directions[:, :k] @ directions[:, :k].T for k in (10, 20, 50, 100) if k <= max(V, 10)]
 
 
 def markdown(tables):
@@ -1165,7 +1198,20 @@ def attention_weights(model, signal, xyz, layer):
     return (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).masked_fill(~mask, -math.inf).softmax(dim=-1)
 
 
+@torch.no_grad()
+def parcel_similarity(model, signal, xyz):
+    """How alike a BrainLM finds what parcels do: signal [B, T, V] -> float32 [B, V, V], correlations of their hidden
+    states along time. Each state counts as it differs from the parcel's mean state, which tells where it lies, and from
+    the mean over all parcels at that time."""
+    states = model(signal, xyz)[1][:, 1:].float().unflatten(1, (-1, signal.shape[2]))        # [B, N, V, H]
+    states = states - states.mean(dim=1, keepdim=True)
+    states = states - states.mean(dim=2, keepdim=True)
+    states = F.normalize(states.transpose(1, 2).flatten(2), dim=2)                           # [B, V, N * H]
+    return states @ states.mT
+
+
 BrainLM.attention = attention_weights
+BrainLM.similarity = parcel_similarity
 
 
 def plot_evaluation(path, model, xyz, dataset, windows, tables):
@@ -1331,6 +1377,33 @@ if "plain_attention" not in globals():                  # else Part II runs once
 block_causal_attention = fastest_attention              # from here on what every layer calls
 
 
+class FloatMuon(Muon):
+    """torch.optim.Muon in float32. Torch's own step works in bfloat16: on CPUs without units for that (no AVX-512), a
+    training step takes five times as long with it."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            a, b, c = group["ns_coefficients"]
+            for matrix in group["params"]:
+                average = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+                average.lerp_(matrix.grad, 1 - group["momentum"])
+                step = matrix.grad.lerp(average, group["momentum"])                  # Nesterov's momentum
+                tall = step.shape[0] > step.shape[1]
+                step = step.T if tall else step         # so that step @ step.T is the smaller of the two products
+                # Newton-Schulz: an odd polynomial of U S V' is U p(S) V', and this one brings S from (0, 1] near 1.
+                step = step / (step.norm() + group["eps"])
+                for _ in range(group["ns_steps"]):
+                    gram = step @ step.T
+                    step = a * step + (b * gram + c * gram @ gram) @ step
+                step = step.T if tall else step
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.sub_(0.2 * group["lr"] * math.sqrt(max(matrix.shape)) * step)         # "match_rms_adamw"
+
+
+Muon = FloatMuon                                        # from here on what make_optimizers takes
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 14. The run folder
 
@@ -1352,7 +1425,7 @@ class RunFolder:
         if RANK == 0:
             self.path.mkdir(parents=True, exist_ok=True)
             self.take_lock()
-            present = [file.name for file in self.path.iterdir() if not file.name.startswith(".")]
+            present = sorted(file.name for file in self.path.iterdir() if not file.name.startswith("."))
             if present and "training_state.pt" not in present:
                 raise BadInput(f"{self.path} holds {present[0]}, and not of a run: choose another --output_dir")
             if args.overwrite_output_dir:               # what tells of the old model; the first save replaces the rest
@@ -1550,9 +1623,9 @@ def pretrain(args):
 
     def batch_loss(model, samples, step):
         batch = pretraining_batch(train_set, config, training, samples, step)
-        signal, mask, gain = (tensor.to(device) for tensor in batch)
+        signal, mask = (tensor.to(device) for tensor in batch)
         with autocast(device, dtype):
-            return pretraining_loss(model, signal, xyz, mask, gain, config.loss_fn)
+            return pretraining_loss(model, signal, xyz, mask, config.loss_fn)
 
     def validate():
         predict, metrics = model_predictor(model, xyz, dtype), {}
@@ -1616,7 +1689,9 @@ def finetune(args):
     num_steps = run_training(args, training, model, folder, xyz, dtype, len(rows), batch_loss,
                              lambda: regression_scores(predict(), val_target[val_rows]))
     methods = {"BrainLM": predict(), "training mean": np.full(len(val_rows), mean), "ridge on functional connectivity":
-               connectivity_ridge(train_set, rows, target[rows], val_set, val_rows)}
+               connectivity_ridge(train_set, rows, target[rows], val_set, val_rows, [np.eye(len(xyz))]),
+               "the same in the co-skewness subspace": connectivity_ridge(
+                   train_set, rows, target[rows], val_set, val_rows, coskewness_projections(train_set, rows))}
     table = {name: regression_scores(prediction, val_target[val_rows]) for name, prediction in methods.items()}
     report(folder, model, num_steps, {f"{column}, {len(val_rows)} validation recordings": table}, train_set)
 
@@ -1715,6 +1790,7 @@ def command_line():
 
 def main(arguments=None):
     args, status = command_line().parse_args(arguments), 0
+    torch.set_flush_denormal(True)                      # below 1e-38 is 0: such attention weights are slow on CPUs
     try:
         check_numbers(vars(args))
         args.run(args)

@@ -544,13 +544,17 @@ def test_part_1_alone_in_a_notebook_cell_trains(tmp_path):
 # 9. The start
 
 
-def test_the_untrained_model_is_a_smoother_that_already_explains_hidden_tokens(tmp_path):
+def test_the_untrained_model_already_fills_in_and_forecasts(tmp_path):
     make_sample_data(tmp_path, num_train=2, num_val=1, num_timepoints=100)
     dataset = RecordingDataset(tmp_path / "train", RECORDING_COL)
     xyz, _ = brainlm.read_coordinates(tmp_path / "coords")
-    signal, mask = dataset.batch([(0, 0), (1, 0)], 100), random_mask(2, 5, 424, 0.75)
-    prediction = BrainLM(BrainLMConfig())(signal, xyz, mask)[0]
-    assert scores(error_sums(prediction, signal, mask).sum(dim=1))["R2"] > 0.03
+    signal = dataset.batch([(0, 0), (1, 0)], 100)
+    torch.manual_seed(0)
+    model = BrainLM(BrainLMConfig(num_timepoints_per_voxel=100))
+    filling_in, forecast = (error_sums(model(signal, xyz, mask)[0], signal, mask)
+                            for mask in (random_mask(2, 5, 424, 0.75), forward_mask(2, 5, 424)))
+    assert scores(filling_in.sum(dim=1))["R2"] > 0.05
+    assert scores(forecast[:, 0])["R2"] > 0.1           # one timepoint ahead
 
 
 # ======================================================================================================
