@@ -69,7 +69,6 @@ class TrainingConfig:
     weight_decay: float = 0.1                 # of matrices alone
     warmup_ratio: float = 0.05                # share of the steps in which the rate rises
     forward_mask_prob: float = 0.3            # share of the steps that learn to forecast
-    stride_prob: float = 0.4                  # share of the windows with every 2nd or 3rd timepoint
     seed: int = 0
 
 
@@ -124,39 +123,33 @@ class RecordingDataset:
     def __len__(self):
         return len(self.lengths)
 
-    def window(self, row, start=0, stride=1, *, num_timepoints=None):
-        """num_timepoints of one recording (None: to its end), every stride-th from `start` on, as
-        numpy [T, V] in the dataset's own dtype: a view of the file wherever Arrow can give one."""
+    def window(self, row, start=0, num_timepoints=None):
+        """num_timepoints of one recording from `start` on (None: to its end), as numpy [T, V] in
+        the dataset's own dtype: a view of the file wherever Arrow can give one."""
         length, V = int(self.lengths[row]), self.num_parcels
-        span = length - start if num_timepoints is None else stride * num_timepoints
-        if not 0 <= start <= start + span <= length:
+        T = length - start if num_timepoints is None else num_timepoints
+        if not 0 <= start <= start + T <= length:
             raise BadInput(f"{self.path}: column {self.recording_col!r}: row {row} has {length} "
-                           f"timepoints: there is no window of {span} from timepoint {start} on")
-        values = self.values.slice((int(self.starts[row]) + start) * V, span * V)
+                           f"timepoints: there is no window of {T} from timepoint {start} on")
+        values = self.values.slice((int(self.starts[row]) + start) * V, T * V)
         # A recording lies in one chunk of the column, and so does a part of it.
-        return values.chunk(0).to_numpy(zero_copy_only=False).reshape(span, V)[::stride]
+        return values.chunk(0).to_numpy(zero_copy_only=False).reshape(T, V)
 
     def batch(self, windows, num_timepoints):
-        """float32 [B, T, V] of the windows [(row, start), ...] or [(row, start, stride), ...]."""
+        """float32 [B, T, V] of the windows [(row, start), ...]."""
         signals = np.empty((len(windows), num_timepoints, self.num_parcels), dtype=np.float32)
-        for signal, window in zip(signals, windows):
-            signal[:] = self.window(*window, num_timepoints=num_timepoints)
+        for signal, (row, start) in zip(signals, windows):
+            signal[:] = self.window(row, start, num_timepoints)
         return torch.from_numpy(signals)
 
-    def training_window(self, n, rows, num_timepoints, seed, stride_prob=0.0):
-        """(row, start, stride) of the n-th training sample. Each epoch takes a random window of
-        every row, the rows in a new random order. With probability stride_prob the window has every
-        2nd or 3rd timepoint alone, if the recording is long enough: as if scanned more slowly."""
+    def training_window(self, n, rows, num_timepoints, seed):
+        """(row, start) of the n-th training sample. Each epoch takes a random window of every row,
+        the rows in a new random order."""
         epoch, i = divmod(n, len(rows))         # the order is drawn anew each time: nothing is kept
         order = torch.randperm(len(rows), generator=generator(seed, "order of the rows", epoch))
         row = int(rows[order[i]])
-        length = int(self.lengths[row])
-        random = generator(seed, "window", n)
-        stride = 1
-        if torch.rand((), generator=random) < stride_prob:
-            stride = min(int(torch.randint(2, 4, (), generator=random)), length // num_timepoints)
-        last_start = length - stride * num_timepoints
-        return row, int(torch.randint(last_start + 1, (), generator=random)), stride
+        num_starts = int(self.lengths[row]) - num_timepoints + 1
+        return row, int(torch.randint(num_starts, (), generator=generator(seed, "window", n)))
 
 
 def generator(seed, stream, number):
@@ -342,8 +335,6 @@ class BrainLM(nn.Module):
         Patch by patch: append a hidden one, predict it, take the prediction for truth. Once the
         window is as long as in training, the oldest patch leaves it."""
         P, T = self.config.timepoint_patching_size, self.config.num_timepoints_per_voxel
-        if signal.shape[1] < P:
-            raise BadInput(f"forecast needs a patch of {P} timepoints, got {signal.shape[1]}")
         known = signal
         while known.shape[1] < signal.shape[1] + num_timepoints:
             context = min(known.shape[1] // P * P, max(T - P, P))     # whole patches, room for one
@@ -397,8 +388,7 @@ def pretraining_batch(dataset, config, training, samples, step):
     numbers. The kind of mask is one for the step, in all its batches."""
     T, V = config.num_timepoints_per_voxel, dataset.num_parcels
     N, B, seed = T // config.timepoint_patching_size, len(samples), training.seed
-    windows = [dataset.training_window(n, range(len(dataset)), T, seed, training.stride_prob)
-               for n in samples]
+    windows = [dataset.training_window(n, range(len(dataset)), T, seed) for n in samples]
     random = generator(seed, "kind of mask", step)
     if torch.rand((), generator=random) < training.forward_mask_prob:
         # Earlier patches are hidden as well, some of them: so a window holds several forecasts.
@@ -410,7 +400,7 @@ def pretraining_batch(dataset, config, training, samples, step):
 
 
 def pretraining_loss(model, signal, xyz, mask, loss_fn="mse"):
-    """The loss of a batch: hide, reconstruct, compare."""
+    """Hide, reconstruct, compare: the loss of a batch."""
     prediction, _ = model(signal, xyz, mask)                                         # [B, T, V]
     return reconstruction_loss(prediction, signal, mask, loss_fn)
 
@@ -536,9 +526,8 @@ def continuation(P):
 
 @torch.no_grad()
 def initial_weights(model):
-    """The start of the untrained BrainLM, a fair first guess at a hidden patch. Half of the heads,
-    the spatial ones, average the visible signals nearby at the same time; the others, the temporal
-    ones, continue the patch that came before at the same place."""
+    """A start with which the untrained BrainLM makes a fair first guess. Half of the heads, spatial
+    ones, average what is near at the same time; temporal ones continue the patch before."""
     H, P = model.config.hidden_size, model.config.timepoint_patching_size
     N, heads = model.config.num_timepoints_per_voxel // P, model.config.num_attention_heads
     D = H // heads
@@ -1662,7 +1651,7 @@ def finetune(args):
 
     def batch_loss(model, samples, step):
         windows = [train_set.training_window(n, rows, T, args.seed) for n in samples]
-        truth = torch.tensor([target[row] for row, *_ in windows], dtype=torch.float32, device=device)
+        truth = torch.tensor([target[row] for row, _ in windows], dtype=torch.float32, device=device)
         with autocast(device, dtype):
             return regression_loss(model, train_set.batch(windows, T).to(device), xyz, truth, std)
 
@@ -1773,7 +1762,7 @@ def command_line():
 
         training = command.add_argument_group("training", "what they are: TrainingConfig in brainlm.py")
         for option in fields(TrainingConfig):
-            if run is pretrain or option.name not in ("forward_mask_prob", "stride_prob"):
+            if run is pretrain or option.name != "forward_mask_prob":
                 training.add_argument(f"--{option.name}", type=option.type, default=option.default,
                                       help="(default: %(default)s)")
         if run is finetune:
