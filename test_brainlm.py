@@ -1,5 +1,5 @@
-"""What brainlm.py promises, one test a promise, in the order of the file: Part I, the lesson; then Part II,
-the program, which runs tiny commands and breaks things; last the README and sample_data.py.
+"""What brainlm.py promises, one test a promise, in the order of the file: Part I, the lesson; then Part II, the
+program, which runs tiny commands and breaks things; last sample_data.py and the README.
 
     pytest
 
@@ -8,7 +8,6 @@ S = 1 + N * V sequence length.
 """
 
 import contextlib
-import dataclasses
 import datetime
 import io
 import itertools
@@ -24,10 +23,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import types
-import warnings
-from dataclasses import fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,14 +38,15 @@ import torch.nn.functional as F
 import brainlm
 import sample_data
 from brainlm import (BadInput, BrainLM, BrainLMConfig, BrainLMRegressor, RecordingDataset, TrainingConfig,
-                     block_causal_mask, error_sums, forward_mask, patchify, random_mask,
-                     reconstruction_loss, scores, temporal_encoding, unpatchify)
+                     block_causal_mask, error_sums, forward_mask, patchify, random_mask, reconstruction_loss, scores,
+                     temporal_encoding)
 from sample_data import RECORDING_COL, make_sample_data, robust_scale, write_dataset
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": tempfile.mkdtemp()}    # no network, no cache of the user's
 REPOSITORY = Path(brainlm.__file__).parent
 SOURCE = (REPOSITORY / "brainlm.py").read_text()
 PART_I = SOURCE[:SOURCE.index("# Part II: the program")]
+README_BLOCKS = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
 torch.set_num_threads(1)    # the tensors here are tiny: more threads would only wait for each other
 
 
@@ -65,9 +64,9 @@ def tiny_model(N=4, P=5, **others):
     return stir(BrainLM(tiny_config(N, P, **others)))
 
 
-def stir(module, seed=0):
+def stir(module):
     """Move every parameter off its start: queries that equal keys, and biases of zero, hide mistakes."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
@@ -80,155 +79,86 @@ def tiny_input(B=2, T=20, V=3, seed=0):
     return torch.randn(B, T, V, generator=generator), 50 * torch.randn(V, 3, generator=generator)
 
 
-def tiny_dataset(folder, lengths=(40, 33, 52), V=3, seed=0, **columns):
-    """A dataset of recordings that have a past to learn from: each value is half the one before, plus noise
-    that all parcels share in part. Returns it opened, and its recordings as arrays."""
-    rng = np.random.default_rng(seed)
-    recordings = []
+def tiny_dataset(folder, lengths=(40, 33, 52), V=3):
+    """A dataset of recordings that have a past to learn from: each value is half the one before, plus noise that all
+    parcels share in part, plus an offset. Returns it opened, and its recordings as arrays."""
+    rng, recordings = np.random.default_rng(0), []
     for T in lengths:
-        signal = rng.standard_normal((T, V)) + rng.standard_normal((T, 1)) + 0.3
+        signal = rng.standard_normal((T, V)) + rng.standard_normal((T, 1)) + 1
         for t in range(1, T):
             signal[t] += 0.5 * signal[t - 1]
         recordings.append(signal.astype(np.float32))
-    write_dataset(folder, {"Recording": recordings, **columns})
+    write_dataset(folder, {"Recording": recordings})
     return RecordingDataset(folder, "Recording"), recordings
 
 
-# ======================================================================================================
-# Part I: the lesson
-# ======================================================================================================
+# Part I: the lesson ===================================================================================================
 
-# ------------------------------------------------------------------------------------------------------
-# 1. Configuration
+# 1. Configuration, 2. data --------------------------------------------------------------------------------------------
 
 
 def test_heads_are_64_wide_where_that_divides_the_hidden_size():
     assert [BrainLMConfig(hidden_size=H).num_attention_heads for H in (32, 128, 200, 256)] == [1, 2, 1, 4]
 
 
-# ------------------------------------------------------------------------------------------------------
-# 2. Data
-
-
 def test_windows_are_what_was_written(tmp_path):
     dataset, recordings = tiny_dataset(tmp_path / "data")
-    assert len(dataset) == 3 and dataset.num_parcels == 3 and list(dataset.lengths) == [40, 33, 52]
+    assert dataset.num_parcels == 3 and list(dataset.lengths) == [40, 33, 52]
     for row, recording in enumerate(recordings):
         assert np.array_equal(dataset.window(row), recording)
     assert np.array_equal(dataset.window(2, start=30, num_timepoints=7), recordings[2][30:37])
-    assert np.array_equal(dataset.window(0, start=4, stride=3, num_timepoints=12), recordings[0][4:40:3])
-    batch = dataset.batch([(1, 4), (0, 10, 3)], num_timepoints=10)
+    batch = dataset.batch([(1, 4), (0, 10)], num_timepoints=10)
     assert batch.dtype == torch.float32
-    assert np.array_equal(batch, np.stack([recordings[1][4:14], recordings[0][10:40:3]]))
+    assert np.array_equal(batch, np.stack([recordings[1][4:14], recordings[0][10:20]]))
 
 
 def test_a_window_past_the_end_is_refused_and_never_the_next_persons(tmp_path):
     dataset, _ = tiny_dataset(tmp_path / "data")                             # of 40, 33 and 52 timepoints
     assert dataset.window(0, start=40, num_timepoints=0).shape == (0, 3)
-    for row, start, stride, num in ((0, 21, 1, 20), (0, 41, 1, None), (0, -1, 1, 20), (0, 0, 3, 15),
-                                    (2, 40, 1, 13)):
+    for row, start, num in (0, 21, 20), (0, 41, None), (0, -1, 20), (2, 40, 13):
         with pytest.raises(BadInput, match=f"row {row} has {dataset.lengths[row]} timepoints"):
-            dataset.window(row, start, stride, num_timepoints=num)
+            dataset.window(row, start, num)
 
 
 def test_training_windows_are_a_function_of_seed_and_sample_number(tmp_path):
     dataset, _ = tiny_dataset(tmp_path / "data")
 
-    def windows(seed, numbers, rows=range(3)):
-        return [dataset.training_window(n, rows, 20, seed) for n in numbers]
+    def windows(seed, numbers):
+        return [dataset.training_window(n, range(3), 20, seed) for n in numbers]
     first = windows(7, range(1200))
     assert windows(7, reversed(range(1200)))[::-1] == first != windows(8, range(1200))
 
-    epochs = [tuple(row for row, *_ in first[i:i + 3]) for i in range(0, 1200, 3)]
+    epochs = [tuple(row for row, _ in first[i:i + 3]) for i in range(0, 1200, 3)]
     assert all(sorted(epoch) == [0, 1, 2] for epoch in epochs), "each recording once an epoch"
     assert len(set(epochs)) == 6, "in an order that changes"
     for row, length in enumerate(dataset.lengths):
-        starts = {start for r, start, _ in first if r == row}
+        starts = {start for r, start in first if r == row}
         assert starts == set(range(length - 20 + 1)), "each start that leaves a whole window, and no other"
-    assert {row for row, *_ in windows(0, range(20), np.array([0, 2]))} == {0, 2}, "of the given rows alone"
 
 
-def test_slower_training_windows_take_every_2nd_or_3rd_timepoint_of_recordings_that_are_long_enough(tmp_path):
-    dataset, _ = tiny_dataset(tmp_path / "data", lengths=(70, 50, 25))
-    windows = [dataset.training_window(n, range(3), 20, seed=0, stride_prob=0.5) for n in range(600)]
-    assert [{stride for row, _, stride in windows if row == i} for i in range(3)] == [{1, 2, 3}, {1, 2}, {1}]
-    assert all(0 <= start <= dataset.lengths[row] - 20 * stride for row, start, stride in windows)
-    assert 160 < sum(stride > 1 for row, _, stride in windows if row < 2) < 240       # half of 400
-
-
-# ------------------------------------------------------------------------------------------------------
-# 3. Tokens
-
-
-def test_a_patch_is_consecutive_timepoints_of_one_parcel_and_unpatchify_the_inverse():
-    signal, _ = tiny_input(B=2, T=20, V=3)
-    patches = patchify(signal, 5)
-    assert patches.shape == (2, 4, 3, 5)
-    for n, v in np.ndindex(4, 3):
-        assert torch.equal(patches[:, n, v], signal[:, 5 * n:5 * n + 5, v])
-    for P in (1, 2, 5, 20):
-        assert torch.equal(unpatchify(patchify(signal, P)), signal)
-
-
-def test_spatial_encoding_is_a_function_of_a_parcels_own_coordinates():
-    encoding, (_, xyz) = tiny_model().spatial_encoding, tiny_input(V=3)
-    together = encoding(xyz)
-    assert together.shape == (3, 16)
-    torch.testing.assert_close(torch.cat([encoding(xyz[v:v + 1]) for v in range(3)]), together)
-    for axis in range(3):
-        moved = xyz.clone()
-        moved[1, axis] += 4.0
-        difference = (encoding(moved) - together).abs().amax(dim=1)
-        assert difference[1] > 0.1 and not difference[[0, 2]].any()
+# 3. Tokens ------------------------------------------------------------------------------------------------------------
 
 
 def test_temporal_encoding_is_the_sinusoid():
-    N, H = 7, 6
-    expected = np.zeros((N, H))
-    for t, i in np.ndindex(N, H // 2):
-        expected[t, 2 * i] = np.sin(t / 100 ** (2 * i / H))
-        expected[t, 2 * i + 1] = np.cos(t / 100 ** (2 * i / H))
-    np.testing.assert_allclose(temporal_encoding(N, H), expected, atol=1e-6)
+    angles = np.arange(7)[:, None] / 100 ** (np.array([0, 2, 4]) / 6)
+    encoding = temporal_encoding(7, 6)
+    np.testing.assert_allclose(encoding[:, 0::2], np.sin(angles), atol=1e-6)
+    np.testing.assert_allclose(encoding[:, 1::2], np.cos(angles), atol=1e-6)
 
 
-def test_tokens_are_timepoint_major_with_cls_first():
-    B, N, V = 2, 4, 3
-    model, (signal, xyz) = tiny_model(), tiny_input(V=V)
-    tokens, _ = model.tokens(signal, xyz)
-    assert tokens.shape == (B, 1 + N * V, 16)
-    assert torch.equal(tokens[:, 0], model.cls_token.expand(B, -1))
-    for t, v in np.ndindex(N, V):
-        other = signal.clone()
-        other[:, 5 * t + 2, v] += 1
-        changed = (model.tokens(other, xyz)[0] != tokens).any(dim=2)
-        assert changed.nonzero().tolist() == [[b, 1 + t * V + v] for b in range(B)]
+def test_tokens_are_cls_then_patch_or_mask_plus_where_plus_when_timepoint_by_timepoint():
+    V = 3
+    model, (signal, xyz), mask = tiny_model(), tiny_input(V=V), random_mask(2, 4, V, 0.5)
+    tokens, position = model.tokens(signal, xyz, mask)
+    assert torch.equal(tokens[:, 0], model.cls_token.expand(2, -1)) and not position[0].any()
+    for b, t, v in np.ndindex(2, 4, V):
+        what = model.mask_token if mask[b, t, v] else model.patch_projection(signal[b, 5 * t:5 * t + 5, v])
+        where, when = model.spatial_encoding(xyz)[v], temporal_encoding(4, 16)[t]
+        torch.testing.assert_close(tokens[b, 1 + t * V + v], what + where + when)
+        torch.testing.assert_close(position[1 + t * V + v], torch.cat([where, when]))
 
 
-def test_a_token_is_patch_or_mask_plus_where_plus_when():
-    N, V = 4, 3
-    model, (signal, xyz) = tiny_model(), tiny_input(V=V)
-    mask = random_mask(2, N, V, 0.5)
-    sequence, position = model.tokens(signal, xyz, mask)
-    tokens, position = sequence[:, 1:].unflatten(1, (N, V)), position[1:].unflatten(0, (N, V))
-    for b, t, v in np.ndindex(2, N, V):
-        what = model.patch_projection(signal[b, 5 * t:5 * t + 5, v])
-        where, when = model.spatial_encoding(xyz)[v], temporal_encoding(N, 16)[t]
-        if mask[b, t, v]:
-            what = model.mask_token
-        torch.testing.assert_close(tokens[b, t, v], what + where + when)
-        torch.testing.assert_close(position[t, v], torch.cat([where, when]))
-
-
-def test_a_signal_that_does_not_fit_is_refused():
-    model, (signal, xyz) = tiny_model(), tiny_input(V=3)
-    with pytest.raises(BadInput, match="19 timepoints"):
-        model(signal[:, :19], xyz)
-    with pytest.raises(BadInput, match="2 coordinates"):
-        model(signal, xyz[:2])
-
-
-# ------------------------------------------------------------------------------------------------------
-# 4. Attention
+# 4. Attention ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_mask_of_two_parcels_at_three_times():
@@ -257,113 +187,90 @@ def output_and_gradients(attention, qkv, V):
     return [output, *torch.autograd.grad((weights * output).sum(), qkv)]
 
 
-SHAPES = pytest.mark.parametrize("N, V", [(1, 1), (1, 4), (4, 1), (3, 5)])
+def kernel_for_bfloat16(q, k, v, V):
+    """CPUAttention of Part II, in float64 like the others, where its formulas can be held to the last digits."""
+    flat = (tensor.flatten(0, 1) for tensor in (q / math.sqrt(q.shape[3]), k, v))
+    return brainlm.CPUAttention.apply(*flat, V).view(v.shape)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-@SHAPES
-def test_attention_by_slices_is_masked_attention(N, V, dtype, tolerance):
-    qkv = torch.randn(3, 2, 2, 1 + N * V, 8, dtype=dtype, requires_grad=True).unbind()
-    by_slices, by_mask = (output_and_gradients(attention, qkv, V)
-                          for attention in (brainlm.plain_attention, masked_attention))
-    torch.testing.assert_close(by_slices, by_mask, rtol=tolerance, atol=tolerance)
+@pytest.mark.parametrize("attention", [brainlm.plain_attention, kernel_for_bfloat16])
+@pytest.mark.parametrize("N, V", [(1, 1), (1, 4), (4, 1), (3, 5)])
+def test_attention_by_slices_is_masked_attention(N, V, attention):
+    qkv = torch.randn(3, 2, 2, 1 + N * V, 8, dtype=torch.float64, requires_grad=True).unbind()
+    exact = output_and_gradients(masked_attention, qkv, V)
+    torch.testing.assert_close(output_and_gradients(attention, qkv, V), exact, rtol=1e-12, atol=1e-12)
 
 
-def look_ahead(model, signal, xyz, mask=None):
-    """How the future reaches the past in a model: {"value", "gradient"} at worst, the empty set if not."""
-    P, found = model.config.timepoint_patching_size, set()
-    signal = signal.clone().requires_grad_()
+def future_reaches_the_past(model, signal, xyz, mask=None):
+    P = model.config.timepoint_patching_size
     output = model(signal, xyz, mask)[0]
     for end in range(P, signal.shape[1], P):            # the past: [0, end), some whole patches
-        other = signal.detach().clone()
+        other = signal.clone()
         other[:, end:] = 3 * torch.randn_like(other[:, end:])
         if not torch.equal(model(other, xyz, mask)[0][:, :end], output[:, :end]):
-            found.add("value")
-        weights = torch.randn_like(output[:, :end])     # any function of the past's outputs
-        gradient, = torch.autograd.grad((weights * output[:, :end]).sum(), signal, retain_graph=True)
-        if gradient[:, end:].any():
-            found.add("gradient")
-    return found
+            return True
+    return False
 
 
-@pytest.mark.parametrize("case", ["nothing hidden", "random mask", "forward mask", "bfloat16"])
-def test_the_past_does_not_depend_on_the_future(case):
-    """By not one bit, over four layers, and with a gradient of exactly zero."""
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_the_past_does_not_depend_on_the_future(bfloat16):
+    """By not one bit, over four layers."""
     model, (signal, xyz) = tiny_model(num_hidden_layers=4), tiny_input(V=3)
-    mask = {"random mask": random_mask(2, 4, 3, 0.5), "forward mask": forward_mask(2, 4, 3)}.get(case)
-    with torch.autocast("cpu", torch.bfloat16, enabled=case == "bfloat16"):
-        assert look_ahead(model, signal, xyz, mask) == set()
-
-
-def test_the_future_depends_on_all_of_the_past():
-    """Without this, a model that reads nothing would pass the test above."""
-    model, (signal, xyz) = tiny_model(num_hidden_layers=4), tiny_input(V=3)
-    signal.requires_grad_()
-    output = model(signal, xyz)[0]
-    for t, v in np.ndindex(4, 3):
-        gradient, = torch.autograd.grad(output[:, 5 * t + 4, v].sum(), signal, retain_graph=True)
-        assert gradient[:, :5 * t + 5].all()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        assert not future_reaches_the_past(model, signal, xyz)
 
 
 def test_opening_column_0_of_the_mask_would_let_the_future_in(monkeypatch):
     """CLS reads everything; parcels that read CLS would know the future from the second layer on."""
-    model, (signal, xyz) = tiny_model(num_hidden_layers=4), tiny_input(V=3)
-    monkeypatch.setattr(brainlm, "block_causal_attention", masked_attention)
-    assert look_ahead(model, signal, xyz) == set()
-    monkeypatch.setattr(brainlm, "block_causal_attention",
-                        lambda *qkv_V: masked_attention(*qkv_V, column_0_open=True))
-    assert look_ahead(model, signal, xyz) == {"value", "gradient"}
+    model, (signal, xyz) = tiny_model(), tiny_input(V=3)
+    for column_0_open in False, True:
+        attention = partial(masked_attention, column_0_open=column_0_open)
+        monkeypatch.setattr(brainlm, "block_causal_attention", attention)
+        assert future_reaches_the_past(model, signal, xyz) == column_0_open
 
 
-# ------------------------------------------------------------------------------------------------------
-# 5. Model
+# 5. Model -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_hidden_value_never_reaches_the_output():
-    model, (signal, xyz) = tiny_model(), tiny_input(V=3)
-    mask = random_mask(2, 4, 3, 0.5)
+    model, (signal, xyz), mask = tiny_model(), tiny_input(V=3), random_mask(2, 4, 3, 0.5)
     hidden_timepoints = mask.repeat_interleave(5, dim=1)
     expected = model(signal, xyz, mask)
-    for value in (100.0, math.inf, math.nan):           # not even as 0 * nan
+    for value in 100.0, math.inf, math.nan:             # not even as 0 * nan
         other = signal.masked_fill(hidden_timepoints, value)
         assert all(map(torch.equal, model(other, xyz, mask), expected))
-    visible = signal.masked_fill(~hidden_timepoints, 100.0)
-    assert not torch.equal(model(visible, xyz, mask)[0], expected[0])
 
 
 def test_parcels_have_no_order():
     """Only their coordinates tell them apart: permuting parcels and coordinates permutes the output."""
     model, (signal, xyz) = tiny_model(), tiny_input(V=6)
-    mask, order = random_mask(2, 4, 6, 0.5), torch.tensor([3, 0, 5, 1, 4, 2])
+    mask, order = random_mask(2, 4, 6, 0.5), [3, 0, 5, 1, 4, 2]
     prediction, hidden = model(signal, xyz, mask)
     permuted, permuted_hidden = model(signal[:, :, order], xyz[order], mask[:, :, order])
     torch.testing.assert_close(permuted, prediction[:, :, order], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(permuted_hidden[:, 0], hidden[:, 0], rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(model(signal, xyz[order], mask)[0], prediction, atol=0.01), "coordinates matter"
+    for axis in range(3):
+        nudged = xyz.clone()
+        nudged[0, axis] += 4.0
+        assert not torch.allclose(model(signal, nudged, mask)[0], prediction, atol=0.01), "each coordinate matters"
 
 
-def test_samples_of_a_batch_do_not_mix():
-    model, (signal, xyz) = tiny_model(), tiny_input(B=3)
-    mask = random_mask(3, 4, 3, 0.5)
-    alone = torch.cat([model(signal[b:b + 1], xyz, mask[b:b + 1])[0] for b in range(3)])
-    torch.testing.assert_close(model(signal, xyz, mask)[0], alone)
-
-
-@pytest.mark.parametrize("T, V", [(5, 1), (20, 3), (45, 7)])
-def test_the_same_weights_run_on_any_number_of_parcels_and_timepoints(T, V):
-    model, (signal, xyz) = tiny_model(N=4), tiny_input(B=2, T=T, V=V)
-    prediction, hidden = model(signal, xyz, forward_mask(2, T // 5, V))
-    assert prediction.shape == (2, T, V) and hidden.shape == (2, 1 + T // 5 * V, 16)
-    assert prediction.isfinite().all()
+def test_the_same_weights_run_on_any_number_of_parcels_and_of_whole_patches():
+    model = tiny_model(N=4)
+    for T, V in (5, 1), (20, 3), (45, 7):
+        signal, xyz = tiny_input(B=2, T=T, V=V)
+        prediction, hidden = model(signal, xyz, forward_mask(2, T // 5, V))
+        assert prediction.shape == (2, T, V) and hidden.shape == (2, 1 + T // 5 * V, 16)
+    for T, V, told in (44, 7, "44 timepoints"), (45, 6, "6 coordinates"):
+        with pytest.raises(BadInput, match=told):
+            model(signal[:, :T], xyz[:V])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_model_runs_in_any_type(dtype):
     model, (signal, xyz), mask = tiny_model(), tiny_input(), random_mask(2, 4, 3, 0.5)
     expected = model(signal, xyz, mask)[0]
-    output = model.to(dtype)(signal, xyz, mask)[0]
-    assert output.dtype == dtype
-    torch.testing.assert_close(output.float(), expected, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(model.to(dtype)(signal, xyz, mask)[0], expected.to(dtype), rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("kind", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
@@ -376,115 +283,74 @@ def test_dropout_acts_in_training_alone(kind):
 
 
 def test_any_small_configuration_trains_and_is_causal():
-    """Forty drawn at random, and the smallest there is."""
-    for seed in range(41):
-        rng = np.random.default_rng(seed)
-        V, N, P, B, heads, layers = (int(rng.integers(1, high + 1)) for high in (40, 6, 20, 3, 4, 3))
-        if seed == 0:
-            V = N = P = B = heads = layers = 1
-        config = tiny_config(N, P, hidden_size=8 * heads, num_hidden_layers=layers, num_attention_heads=heads,
-                             intermediate_size=int(rng.integers(1, 40)), loss_fn=rng.choice(["mse", "mae"]))
-        model, (signal, xyz) = stir(BrainLM(config), seed), tiny_input(B, N * P, V, seed)
-        mask = forward_mask(B, N, V) if rng.random() < 0.5 else random_mask(B, N, V, rng.choice([0.75, 1.0]))
-
-        prediction, hidden = model(signal, xyz, mask)
-        assert prediction.shape == signal.shape and hidden.shape == (B, 1 + N * V, 8 * heads)
-        loss = reconstruction_loss(prediction, signal, mask, config.loss_fn)
-        loss.backward()
-        trained = [parameter.grad for name, parameter in model.named_parameters() if name != "cls_token"]
-        finite = all(value.isfinite().all() for value in [loss, *trained])
-        assert finite and loss > 0, f"seed {seed}: {B=} {V=} {config}"
-        assert look_ahead(model, signal, xyz, mask) == set(), f"seed {seed}: {B=} {V=} {config}"
-
-
-def test_a_forecast_is_forward_masking_and_feeds_on_itself_in_a_sliding_window():
-    model, (signal, xyz) = tiny_model(N=4), tiny_input(T=15)
-    known = signal
-    for _ in range(3):                                  # 15 known + 5 hidden timepoints fill the window
-        window = torch.cat([known[:, -15:], torch.zeros(2, 5, 3)], dim=1)
-        known = torch.cat([known, model(window, xyz, forward_mask(2, 4, 3))[0][:, -5:]], dim=1)
-    assert torch.equal(model.forecast(signal, xyz, 15), known[:, 15:])
+    """The smallest there is, and forty drawn at random."""
+    drawn = np.random.default_rng(0).integers(1, [41, 7, 21, 4, 5, 4, 41], (40, 7))
+    for V, N, P, B, heads, layers, width in [[1] * 7, *drawn.tolist()]:
+        model = tiny_model(N, P, hidden_size=8 * heads, num_hidden_layers=layers, num_attention_heads=heads,
+                           intermediate_size=width)
+        signal, xyz = tiny_input(B, N * P, V)
+        for mask in forward_mask(B, N, V), random_mask(B, N, V, 0.75):
+            loss = reconstruction_loss(model(signal, xyz, mask)[0], signal, mask)
+            loss.backward()
+            trained = [parameter.grad for name, parameter in model.named_parameters() if name != "cls_token"]
+            assert loss > 0 and all(gradient.isfinite().all() for gradient in trained), f"{B=} {V=} {model.config}"
+            assert not future_reaches_the_past(model, signal, xyz, mask), f"{B=} {V=} {model.config}"
 
 
 @pytest.mark.parametrize("context", [5, 13, 15, 100])
-def test_forecast_takes_any_context_of_one_patch_or_more_and_any_length(context):
-    model, (signal, xyz) = tiny_model(N=4), tiny_input(B=3, T=context, V=2)
-    used = min(context // 5 * 5, 15)                    # whole patches, the latest, that leave room for one
-    for length in (0, 1, 5, 23):
-        future = model.forecast(signal, xyz, length)
-        assert future.shape == (3, length, 2) and future.isfinite().all()
-        assert torch.equal(future, model.forecast(signal[:, -used:], xyz, length))
-        assert torch.equal(future, model.forecast(signal, xyz, 30)[:, :length])
-    with pytest.raises(BadInput, match="patch of 5"):
+def test_a_forecast_is_forward_masking_and_feeds_on_itself_in_a_sliding_window(context):
+    model, (signal, xyz) = tiny_model(N=4), tiny_input(T=context)
+    known = signal
+    for _ in range(5):
+        used = min(known.shape[1] // 5 * 5, 15)         # whole patches, the latest, that leave room for one
+        window = torch.cat([known[:, -used:], torch.zeros(2, 5, 3)], dim=1)
+        known = torch.cat([known, model(window, xyz, forward_mask(2, used // 5 + 1, 3))[0][:, -5:]], dim=1)
+    for length in 0, 1, 5, 23:
+        assert torch.equal(model.forecast(signal, xyz, length), known[:, context:context + length])
+    with pytest.raises(BadInput, match="multiple of 5"):
         model.forecast(signal[:, :4], xyz, 5)
 
 
 def test_embed_gives_cls_and_the_parcels_means_over_time():
-    N, V = 4, 3
-    model, (signal, xyz) = tiny_model(), tiny_input(V=V)
+    model, (signal, xyz) = tiny_model(), tiny_input(V=3)
     cls, parcels = model.embed(signal, xyz)
     hidden = model(signal, xyz)[1].detach().numpy()
-    assert cls.shape == (2, 16) and parcels.shape == (2, V, 16)
     assert np.array_equal(cls, hidden[:, 0])
-    for v in range(V):
-        mean = np.mean([hidden[:, 1 + t * V + v] for t in range(N)], axis=0)
-        np.testing.assert_allclose(parcels[:, v], mean, rtol=1e-5, atol=1e-6)
+    for v in range(3):
+        np.testing.assert_allclose(parcels[:, v], hidden[:, 1 + v::3].mean(axis=1), rtol=1e-5, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------
-# 6. Masking and loss
+# 6. Masking and loss --------------------------------------------------------------------------------------------------
 
 
-def test_random_mask_hides_an_exact_number_of_every_sample():
+def test_random_mask_hides_an_exact_number_of_every_sample_and_every_token_equally_often():
     for N, V, ratio in (4, 3, 0.75), (1, 1, 1.0), (3, 7, 0.2), (10, 42, 0.123):
-        mask = random_mask(5, N, V, ratio)
-        assert mask.shape == (5, N, V) and mask.dtype == torch.bool
-        assert mask.sum(dim=(1, 2)).tolist() == 5 * [round(ratio * N * V)]
-    with pytest.raises(BadInput, match="hides none of 3 tokens"):
-        random_mask(2, 1, 3, 0.1)
-
-
-def test_random_mask_hides_every_token_equally_often_samples_differ_and_a_generator_repeats_it():
-    mask, again, other = (random_mask(4000, 3, 4, 0.25, torch.Generator().manual_seed(seed))
-                          for seed in (0, 0, 1))
-    assert (mask.float().mean(dim=0) - 0.25).abs().max() < 0.03
+        assert random_mask(5, N, V, ratio).sum(dim=(1, 2)).tolist() == 5 * [round(ratio * N * V)]
+    mask = random_mask(4000, 3, 4, 0.25)
+    assert mask.shape == (4000, 3, 4) and (mask.float().mean(dim=0) - 0.25).abs().max() < 0.03
     assert len(mask.flatten(1).unique(dim=0)) == math.comb(12, 3), "every choice of 3 of 12 tokens turns up"
-    assert torch.equal(mask, again) and not torch.equal(mask, other)
 
 
-def test_forward_mask_hides_the_last_temporal_token_and_the_repeated_one_a_third_of_the_others_too():
+def test_forward_steps_hide_the_last_temporal_token_and_a_third_of_the_others_too(tmp_path):
     mask = forward_mask(2, 3, 4)
-    assert mask.shape == (2, 3, 4) and mask.dtype == torch.bool
     assert mask[:, 2].all() and not mask[:, :2].any()
-    mask = brainlm.repeated_forward_mask(3, 100, 4, torch.Generator().manual_seed(0))
-    assert mask.shape == (3, 100, 4) and mask[:, -1].all()
-    assert torch.equal(mask, mask[:1, :, :1].expand_as(mask)), "all parcels, the same in all samples"
-    assert 20 < mask[0, :, 0].sum() < 50, "a third"
+    (dataset, _), training = tiny_dataset(tmp_path / "data"), TrainingConfig(forward_mask_prob=1.0)
+    masks = [brainlm.pretraining_batch(dataset, tiny_config(N=6), training, range(2), step)[1] for step in range(60)]
+    mask = torch.stack(masks)                                                        # [steps, B, N, V]
+    assert mask[:, :, -1].all()
+    assert torch.equal(mask, mask[:, :1, :, :1].expand_as(mask)), "all parcels, the same in all samples"
+    assert 0.25 < mask[:, 0, :-1, 0].float().mean() < 0.42, "a third"
 
 
 def test_losses_are_numpys_on_hidden_tokens_alone():
-    (signal, _), (prediction, _) = tiny_input(seed=0), tiny_input(seed=1)
-    mask = random_mask(2, 4, 3, 0.5)
+    (signal, _), (prediction, _), mask = tiny_input(seed=0), tiny_input(seed=1), random_mask(2, 4, 3, 0.5)
     difference = prediction.numpy() - signal.numpy()
     errors = [difference[b, t, v] for b, t, v in np.ndindex(2, 20, 3) if mask[b, t // 5, v]]
-    assert len(errors) == 2 * 6 * 5
     mse, mae = (reconstruction_loss(prediction, signal, mask, kind).item() for kind in ("mse", "mae"))
     assert mse == pytest.approx(np.mean(np.square(errors))) and mae == pytest.approx(np.mean(np.abs(errors)))
-    visible = prediction.masked_fill(~mask.repeat_interleave(5, dim=1), 1e6)
-    assert reconstruction_loss(visible, signal, mask).item() == mse
 
 
-def test_the_answer_to_an_amplified_signal_is_divided_by_the_gain():
-    (signal, xyz), gain = tiny_input(), torch.tensor([0.5, 3.0]).view(2, 1, 1)
-
-    def one_too_much(signal, xyz, mask):
-        return signal + 1, None
-    loss = brainlm.pretraining_loss(one_too_much, signal, xyz, forward_mask(2, 4, 3), gain)
-    assert loss.item() == pytest.approx((1 / 0.5 ** 2 + 1 / 3 ** 2) / 2, rel=1e-5)
-
-
-# ------------------------------------------------------------------------------------------------------
-# 7. Head
+# 7. Head, 8. training, 9. the start -----------------------------------------------------------------------------------
 
 
 def test_the_regressor_reads_standardised_cls_mean_and_spread_and_predicts_in_the_targets_units():
@@ -497,16 +363,9 @@ def test_the_regressor_reads_standardised_cls_mean_and_spread_and_predicts_in_th
     features = torch.cat([hidden[:, 0], torch.tensor(tokens.mean(1)), torch.tensor(tokens.std(1))], dim=1)
     torch.testing.assert_close(model.features(signal, xyz), features)
     years = model(signal, xyz)
-    assert years.shape == (3,)
     standard = (features - model.feature_mean) / model.feature_std
     torch.testing.assert_close(years, 63.0 + 7.5 * model.mlp(standard)[:, 0])
-    assert sum(isinstance(module, torch.nn.Linear) for module in model.mlp) == 3
-    loss = brainlm.regression_loss(model, signal, xyz, years + 7.5, target_std=7.5)
-    assert loss.item() == pytest.approx(1)
-
-
-# ------------------------------------------------------------------------------------------------------
-# 8. Training
+    assert brainlm.regression_loss(model, signal, xyz, years + 7.5, target_std=7.5).item() == pytest.approx(1)
 
 
 def names_in(code):
@@ -514,34 +373,23 @@ def names_in(code):
     return set(code.co_names).union(*(names_in(c) for c in code.co_consts if isinstance(c, types.CodeType)))
 
 
-def test_part_1_alone_in_a_notebook_cell_trains(tmp_path):
-    make_sample_data(tmp_path, num_train=8, num_val=1, num_timepoints=120)
+def test_part_1_alone_in_a_notebook_cell_trains_as_the_readme_does(tmp_path, monkeypatch):
     *lines, ruler_of_part_2 = PART_I.splitlines()
     assert len(lines) <= 600 and max(map(len, lines)) <= 100
-    lesson = types.ModuleType("lesson")                 # no file, and nothing of Part II
-    exec(PART_I, lesson.__dict__)
-    assert not names_in(compile(PART_I, "cell", "exec")) & (set(vars(brainlm)) - set(vars(lesson)))
+    cell = vars(types.ModuleType("notebook"))           # no file, and nothing of Part II
+    exec(PART_I, cell)
+    assert not names_in(compile(PART_I, "cell", "exec")) & (set(vars(brainlm)) - set(cell))
 
-    dataset = lesson.RecordingDataset(tmp_path / "train", RECORDING_COL)
-    xyz, _ = lesson.read_coordinates(tmp_path / "coords")
-    config = lesson.BrainLMConfig(num_timepoints_per_voxel=60, hidden_size=64, num_hidden_layers=2)
-    training = lesson.TrainingConfig(forward_mask_prob=0.0)
-    model = lesson.BrainLM(config)
-    optimizers = lesson.make_optimizers(model, training.learning_rate, training.weight_decay)
-
-    def batch_loss(model, samples, step):
-        signal, mask, gain = lesson.pretraining_batch(dataset, config, training, samples, step)
-        return lesson.pretraining_loss(model, signal, xyz, mask, gain)
-    before = batch_loss(model, range(1000, 1010), step=0).item()
-    for step, loss in lesson.train(model, optimizers, batch_loss, training, num_steps=20):
-        print(step, loss)
-    after = batch_loss(model, range(1000, 1010), step=0).item()
-
-    assert step == 19 and after < 0.98 * before
-
-
-# ------------------------------------------------------------------------------------------------------
-# 9. The start
+    monkeypatch.chdir(tmp_path)
+    make_sample_data("sample_data", num_train=8, num_val=1, num_timepoints=120)
+    twenty_steps = next(block for block in README_BLOCKS if "train(" in block)
+    for slow, quick in [("from brainlm import *", ""), ("TrainingConfig()", "TrainingConfig(forward_mask_prob=0.0)"),
+                        ("BrainLMConfig()", "BrainLMConfig(60, hidden_size=64, num_hidden_layers=2)")]:
+        twenty_steps = twenty_steps.replace(slow, quick)
+    exec(twenty_steps, cell)
+    untrained = cell["BrainLM"](cell["config"])
+    before, after = (cell["batch_loss"](model, range(1000, 1010), 0) for model in (untrained, cell["model"]))
+    assert cell["step"] == 19 and after < 0.98 * before
 
 
 def test_the_untrained_model_already_fills_in_and_forecasts(tmp_path):
@@ -556,13 +404,11 @@ def test_the_untrained_model_already_fills_in_and_forecasts(tmp_path):
     assert scores(filling_in.sum(dim=1))["R2"] > 0.05
     assert scores(forecast[:, 0])["R2"] > 0.1           # one timepoint ahead
 
-
-# ======================================================================================================
-# Part II: the program
-# ======================================================================================================
+# Part II: the program =================================================================================================
 
 # Commands run on tiny data, in this process or, to be killed or in pairs, in processes of their own.
 V, T, P = 6, 12, 4                                      # parcels, window, patch
+SIZES = BrainLMConfig(T, P, hidden_size=8, num_hidden_layers=2, num_attention_heads=2)
 MODEL = ("--num_timepoints_per_voxel 12 --timepoint_patching_size 4 --hidden_size 8 --num_hidden_layers 2 "
          "--num_attention_heads 2 --hidden_dropout_prob 0.1")
 TRAINING = ("--max_steps 6 --save_steps 2 --logging_steps 3 --eval_steps 3 --gradient_accumulation_steps 2 "
@@ -582,11 +428,10 @@ def data(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     for split, rows in ("train", 8), ("val", 3):
         recordings = [rng.standard_normal((20 + i, V), np.float32) for i in range(rows)]
-        ages = [50.0 + i for i in range(rows)]
-        write_dataset(folder / split, {"R": recordings, "Age": ages}, num_shards=2)
+        write_dataset(folder / split, {"R": recordings, "Age": [50.0 + i for i in range(rows)]}, num_shards=2)
     xyz = {axis: list(rng.normal(size=V) * 40) for axis in "XYZ"}
     write_dataset(folder / "coords", {**xyz, "Network": ["Visual", "Default"] * 3})
-    BrainLM(BrainLMConfig(T, P, 8, 2, 2)).save_pretrained(folder / "pretrained")
+    BrainLM(SIZES).save_pretrained(folder / "pretrained")
     return folder
 
 
@@ -598,11 +443,6 @@ def words(command, data, run, *more):
     line += [f"--output_dir={run}", *TRAINING.split()] if command != "evaluate" else []
     line += ["--variable_of_interest_col_name=Age"] if command == "finetune" else []
     return line + [str(word) for word in more]
-
-
-def python(*line, **options):
-    """Run python in a process of its own."""
-    return subprocess.run([sys.executable, *line], capture_output=True, text=True, **options)
 
 
 def run_here(line):
@@ -621,38 +461,31 @@ def assert_refused(line, told):
     assert re.search(".*".join(map(re.escape, told.split(" ... "))), error), error
 
 
-def start(line, environment={}, **trouble):
-    """Run a command in a process of its own, what it prints going to process.log; trouble: of in_process."""
+def start(line, kill_at=None, number=signals.SIGKILL, **environment):
+    """Run a command in a process of its own, what it prints going to process.log. kill_at: it gets the signal `number`
+    when it is about to do this file operation in its run folder."""
     log = tempfile.mkstemp(suffix=".log")[1]
-    process = processes.Process(target=in_process, args=(line, log, environment), kwargs=trouble, daemon=True)
+    process = processes.Process(target=in_process, args=(line, log, kill_at, number, environment), daemon=True)
     process.start()
     process.log = Path(log)
     return process
 
 
-def in_process(line, log, environment, kill_at=None, number=signals.SIGKILL, largest_file=None,
-               full=signals.SIG_IGN):
-    """kill_at: it gets the signal `number` when it is about to do this file operation in its run folder.
-    largest_file: bytes; writing more fails as on a full disk or, with full=SIG_DFL, kills it in mid-write."""
+def in_process(line, log, kill_at, number, environment):
     for stream in 1, 2:
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
     os.environ |= environment
     brainlm.RANK = int(environment.get("RANK", 0))      # as if it was imported only now
     brainlm.WORLD_SIZE = int(environment.get("WORLD_SIZE", 1))
     torch.set_num_threads(1)
-    if largest_file:
-        signals.signal(signals.SIGXFSZ, full)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    seen = []
+    signals.signal(signals.SIGINT, signals.default_int_handler)     # a shell's background jobs ignore it
+    operations = itertools.count()
 
     def watch(event, arguments):        # Python reports every file that it is about to open, rename or remove
         on_file = event in ("open", "os.rename", "os.remove")
-        if on_file and f"--output_dir={Path(str(arguments[0])).parent}" in line:
-            seen.append(event)
-            if len(seen) - 1 == kill_at:
-                os.kill(os.getpid(), number)
-    if kill_at is not None:
-        sys.addaudithook(watch)
+        if on_file and f"--output_dir={Path(str(arguments[0])).parent}" in line and next(operations) == kill_at:
+            os.kill(os.getpid(), number)
+    sys.addaudithook(watch)
     brainlm.main(line)
 
 
@@ -677,12 +510,6 @@ def load(folder):
     return (BrainLMRegressor if regressor else BrainLM).from_pretrained(folder)
 
 
-def assert_loadable(folder):
-    """From the first model on, there is one at any instant; before that there is none."""
-    if (folder / "pytorch_model.bin").exists():
-        load(folder)
-
-
 def assert_same_run(folder, expected):
     assert (folder / "pytorch_model.bin").read_bytes() == (expected / "pytorch_model.bin").read_bytes()
     assert metrics(folder) == metrics(expected)
@@ -704,16 +531,7 @@ def run(uninterrupted, tmp_path):
     return shutil.copytree(uninterrupted["pretrain"], tmp_path / "run")
 
 
-# ------------------------------------------------------------------------------------------------------
-# 10. Refusing broken input
-
-TENSORS = BrainLM(BrainLMConfig(T, P, 8, 2, 2)).state_dict()
-GOOD = numbers().tolist()
-
-
-def files(**contents):
-    """A folder of these files, as a list of pairs (name, bytes)."""
-    return [(re.sub("_(json|bin)$", r".\1", name), content) for name, content in contents.items()]
+# 10. Refusing broken input --------------------------------------------------------------------------------------------
 
 
 def stream(**columns):
@@ -725,27 +543,29 @@ def stream(**columns):
 
 
 def dataset(*shards, **columns):
-    """A dataset folder of these shards or of one with these columns."""
-    shards = dict(enumerate(shards or [stream(**columns)]))
-    entries = [{"filename": f"shard_{i}"} for i in shards]
-    return files(state_json=json.dumps({"_data_files": entries}).encode(),
-                 **{f"shard_{i}": content for i, content in shards.items()})
+    """The files {name: bytes} of a dataset of these shards (None: one that is missing) or of one with these columns."""
+    shards = {f"shard_{i}": shard for i, shard in enumerate(shards or [stream(**columns)])}
+    state = json.dumps({"_data_files": [{"filename": name} for name in shards]}).encode()
+    return {"state.json": state} | {name: shard for name, shard in shards.items() if shard is not None}
 
 
-def coordinates(**axes):
-    return dataset(**{axis: axes.get(axis, [1.0] * V) for axis in "XYZ"})
+def bytes_of(content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+TENSORS = BrainLM(SIZES).state_dict()
 
 
 def checkpoint(tensors=TENSORS, **settings):
-    file = io.BytesIO()
-    torch.save(tensors, file)
-    settings = dataclasses.asdict(BrainLMConfig(T, P, 8, 2, 2)) | settings
-    return files(config_json=json.dumps(settings).encode(), pytorch_model_bin=file.getvalue())
+    settings = asdict(SIZES) | settings
+    return {"config.json": json.dumps(settings).encode(), "pytorch_model.bin": bytes_of(tensors)}
 
 
 def write_files(folder, contents):
     folder.mkdir()
-    for name, content in contents:
+    for name, content in contents.items():
         (folder / name).write_bytes(content)
 
 
@@ -753,69 +573,67 @@ def with_row_7(row):
     return GOOD[:7] + [row] + GOOD[8:]
 
 
+GOOD, ONES, LISTS = numbers().tolist(), [1.0] * V, pa.list_(pa.list_(pa.float32()))
 SOUND = stream(R=[GOOD] * 2, Age=[1.0, 2.0])
-WEIGHTS = checkpoint()[1][1]
+CONFIG, WEIGHTS = checkpoint().values()
 FAULTS = {  # flag: {what: (the files of a folder that it names, what the error says besides the folder)}
     "train_dataset_path": {
         "no folder": (None, "state.json is missing"),
-        "an empty folder": (files(), "state.json is missing"),
-        "several datasets": (files(dataset_dict_json=b"{}"), "several datasets: name one"),
-        "no column": (dataset(Recording=[GOOD], Age=[3.0]), "no column 'R' (there are Recording, Age)"),
+        "an empty folder": ({}, "state.json is missing"),
+        "several datasets": ({"dataset_dict.json": b"{}"}, "several"),
+        "no column": (dataset(Recording=[GOOD], Age=[3.0]), "no column 'R' ... Recording, Age"),
         "no rows": (dataset(R=[]), "no rows"),
-        "shard missing": (dataset(SOUND, SOUND)[:-1], "shard_1 is missing"),
+        "shard missing": (dataset(SOUND, None), "shard_1 is missing"),
         "shard empty": (dataset(SOUND, b""), "shard_1 ... truncated"),
-        "shard of 3 bytes": (dataset(SOUND, SOUND[:3]), "shard_1 ... truncated"),
         "shard cut in a batch": (dataset(SOUND, SOUND[:999]), "shard_1 ... truncated"),
         "shard cut between batches": (dataset(SOUND, SOUND[:-8]), "shard_1 ... truncated"),
         "shard of text": (dataset(SOUND, b"text" + SOUND[-8:]), "shard_1 ... truncated"),
         "shards that differ": (dataset(SOUND, stream(R=[GOOD], b=[1])), ""),
-        "state.json cut": (files(state_json=b'{"_data_files": [{"file'), "state.json"),
-        "state.json a list": (files(state_json=b"[]"), "state.json"),
-        "state.json without files": (files(state_json=b"{}"), "state.json"),
-        "state.json names no names": (files(state_json=b'{"_data_files": [1]}'), "state.json"),
-        "saved with indices": (
-            files(state_json=b'{"_data_files": [{"filename": "a"}], "_indices_data_files": [1]}', a=SOUND), "index"),
+        "state.json cut": ({"state.json": b'{"_data_files": [{"file'}, "state.json"),
+        "state.json a list": ({"state.json": b"[]"}, "state.json"),
+        "state.json without files": ({"state.json": b"{}"}, "state.json"),
+        "saved with indices":
+            ({"state.json": b'{"_data_files": [{"filename": "a"}], "_indices_data_files": [1]}', "a": SOUND}, "index"),
         "recording missing": (dataset(R=[GOOD, None]), "'R': row 1 is missing"),
-        "no lists": (dataset(R=["1 2 3"]), "'R' ... string ... two-dimensional"),
+        "no lists": (dataset(R=["1 2 3"]), "'R' ... string"),
         "one-dimensional": (dataset(R=[[0.0] * 20]), "'R' ... two-dimensional"),
-        "booleans": (dataset(R=[[[True] * V] * 20]), "'R' ... bool ... numbers"),
+        "booleans": (dataset(R=[[[True] * V] * 20]), "'R' ... bool"),
         "timepoint missing": (dataset(R=[GOOD, with_row_7(None)]), "row 1, timepoint 7 is missing"),
-        "timepoint missing, of fixed size": (           # its slot holds numbers, which mean nothing
-            dataset(R=pa.array([with_row_7(None)], pa.list_(pa.list_(pa.float64(), V)))),
-            "row 0, timepoint 7 is missing"),
+        "timepoint missing, of fixed size":             # its slot holds numbers, which mean nothing
+            (dataset(R=pa.array([with_row_7(None)], pa.list_(pa.list_(pa.float64(), V)))), "row 0, timepoint 7"),
         "other atlas": (dataset(R=[numbers(20, 5).tolist()]), "row 0 ... 5 parcels, expected 6 ... atlas"),
         "ragged": (dataset(R=[GOOD, with_row_7([0.0] * 4)]), "row 1, timepoint 7 has 4 parcels ... ragged"),
-        "no timepoints": (dataset(R=[GOOD, []]), "row 1 has 0 timepoints"),
-        "no parcels": (dataset(R=pa.array([[[]] * 20], pa.list_(pa.list_(pa.float32())))), "row 0"),
+        "no timepoints": (dataset(R=pa.array([[]], LISTS)), "row 0 has 0 timepoints"),
+        "no parcels": (dataset(R=pa.array([[[]] * 20], LISTS)), "row 0"),
         "NaN": (dataset(R=[with_row_7([1.0, 1.0, math.nan] * 2)]), "row 0, timepoint 7, parcel 2 is nan"),
         "None among integers": (dataset(R=[[[1, 2, 3, 4, 5, None]] * 20]), "row 0, timepoint 0, parcel 5"),
         "too large for float32": (dataset(R=[with_row_7([1e300] * V)]), "timepoint 7, parcel 0 is 1e+300"),
-        "target of text": (dataset(R=[GOOD] * 2, Age=["old", "young"]), "'Age' is not numeric but string"),
+        "target of text": (dataset(R=[GOOD] * 2, Age=["old", "young"]), "'Age' ... string"),
         "constant target": (dataset(R=[GOOD] * 3, Age=[0.1] * 3), "'Age' is 0.1 ... in every row"),
-        "target too large": (dataset(R=[GOOD] * 2, Age=[50.0, -1e300]), "'Age' is -1e+300 in row 1")},
+        "target too large": (dataset(R=[GOOD] * 2, Age=[50.0, -1e300]), "'Age' ... row 1")},
     "val_dataset_path": {
         "transposed": (dataset(R=[GOOD, numbers(V, 20).tolist()]), "row 1 ... 20 parcels ... transposed"),
         "too short": (dataset(R=[GOOD, GOOD[:11]]), "row 1 has 11 timepoints ... window of 12"),
         "infinity late": (dataset(R=[GOOD, GOOD + [[math.inf] * V]]), "row 1, timepoint 20, parcel 0 is inf"),
         "no target": (dataset(R=[GOOD] * 2, Age=[math.nan, None]), "'Age' is missing in every row")},
     "coords_dataset_path": {
-        "coordinate None": (coordinates(X=[1.0] * 5 + [None]), "coordinate X of row (parcel) 5"),
-        "coordinate too large": (coordinates(Z=[1.0] * 5 + [1e300]), "coordinate Z of row (parcel) 5"),
-        "coordinates of text": (coordinates(Y=["1.0"] * V), "'Y' is not numeric but string")},
+        "coordinate None": (dataset(X=ONES[:5] + [None], Y=ONES, Z=ONES), "coordinate X of row (parcel) 5"),
+        "coordinate too large": (dataset(X=ONES, Y=ONES, Z=ONES[:5] + [1e300]), "coordinate Z of row (parcel) 5")},
     "model_name_or_path": {
         "no checkpoint": (None, "no such"),
-        "no config": (checkpoint()[1:], "config.json"),
-        "config cut": (files(config_json=b'{"hidden'), "config.json"),
-        "config a list": (files(config_json=b"[]"), "config.json"),
-        "config of another model": (files(config_json=b"{}"), "config.json"),
+        "a file": (b"weights", "no such"),
+        "no config": ({"pytorch_model.bin": WEIGHTS}, "config.json"),
+        "config cut": ({"config.json": b'{"hidden'}, "config.json"),
+        "config a list": ({"config.json": b"[]"}, "config.json"),
+        "config of another model": ({"config.json": b"{}"}, "config.json"),
         "config with a fraction for a count": (checkpoint(hidden_size=8.0), "hidden_size"),
         "config with an impossible number": (checkpoint(num_attention_heads=3), "num_attention_heads 3"),
-        "no weights": (checkpoint()[:1], "pytorch_model.bin"),
-        "weights cut": (checkpoint()[:1] + files(pytorch_model_bin=WEIGHTS[:999]), "truncated"),
+        "no weights": ({"config.json": CONFIG}, "pytorch_model.bin"),
+        "weights cut": ({"config.json": CONFIG, "pytorch_model.bin": WEIGHTS[:999]}, "truncated"),
+        "broken safetensors": (checkpoint() | {"model.safetensors": b"not a header"}, "model.safetensors"),
         "weights are a list": (checkpoint(list(TENSORS.values())), "pytorch_model.bin"),
         "weights are numbered": (checkpoint(dict(enumerate(TENSORS.values()))), "do not fit"),
         "a weight is no tensor": (checkpoint(TENSORS | {"norm.bias": "text"}), "norm.bias"),
-        "a weight too many": (checkpoint(TENSORS | {"extra.bias": torch.zeros(3)}), "extra.bias"),
         "weights of another shape": (checkpoint(hidden_size=16), "size mismatch")},
 }
 # A warning would be a second line on stderr. (A lock left to the garbage collector is one that nobody sees.)
@@ -827,11 +645,22 @@ LOUD = pytest.mark.filterwarnings("error", "ignore::ResourceWarning",
 @pytest.mark.parametrize("flag, what", [(flag, what) for flag, faults in FAULTS.items() for what in faults])
 def test_broken_input_is_refused_in_one_line_that_names_it(data, tmp_path, flag, what):
     contents, told = FAULTS[flag][what]
-    if contents is not None:
+    if "safetensors" in what:
+        pytest.importorskip("safetensors")
+    if isinstance(contents, dict):
         write_files(tmp_path / "broken", contents)
+    if isinstance(contents, bytes):
+        (tmp_path / "broken").write_bytes(contents)
     line = words("finetune", data, tmp_path / "run", f"--{flag}={tmp_path / 'broken'}")
     assert_refused(line, f"{tmp_path / 'broken'} ... {told}")
     assert not (tmp_path / "run").exists(), "before the first step"
+
+
+@pytest.mark.parametrize("what", ["no timepoints", "no parcels"])
+def test_empty_recordings_are_refused_where_nobody_says_how_many_parcels_there_must_be(tmp_path, what):
+    write_files(tmp_path / "broken", FAULTS["train_dataset_path"][what][0])
+    with pytest.raises(BadInput, match="row 0"):
+        brainlm.open_recordings(tmp_path / "broken", "R")
 
 
 @LOUD
@@ -849,23 +678,7 @@ def test_broken_flags_are_refused_and_named_with_their_value(data, tmp_path, fla
     assert not (tmp_path / "run").exists()
 
 
-def test_the_program_exits_with_2_and_one_line_on_stderr(data, tmp_path):
-    for line in [], ["train"], words("pretrain", data, tmp_path, "--mask_ratio", 2):
-        done = python(REPOSITORY / "brainlm.py", *line)
-        assert done.returncode == 2 and done.stdout == "" and re.fullmatch("error: .*\n", done.stderr)
-
-
-# ------------------------------------------------------------------------------------------------------
-# 11. Checkpoints and the Hugging Face Hub
-
-
-def test_a_file_is_replaced_not_written_over(tmp_path):
-    """Who has the old one open, or mapped, still reads the old one to its end."""
-    path = tmp_path / "file"
-    for content in ("old", "new"):
-        before = path.open("rb") if path.exists() else None
-        brainlm.write_atomically(path, content)
-    assert (before.read(), path.read_bytes(), list(tmp_path.iterdir())) == (b"old", b"new", [path])
+# 11. Checkpoints and the Hugging Face Hub -----------------------------------------------------------------------------
 
 
 def same_outputs(model, other, *inputs):
@@ -881,51 +694,24 @@ def test_a_saved_model_comes_back_bit_for_bit_and_alone(tmp_path):
     loaded, backbone = BrainLMRegressor.from_pretrained(tmp_path), BrainLM.from_pretrained(tmp_path)
     assert loaded.config == model.config and not loaded.training
     assert same_outputs(loaded, model, *inputs) and same_outputs(backbone, model.backbone, *inputs)
-    assert not (tmp_path / "model.safetensors").exists()
     backbone.save_pretrained(tmp_path)
     assert same_outputs(BrainLM.from_pretrained(tmp_path), backbone, *inputs)
-    with pytest.raises(BadInput, match="do not fit BrainLMRegressor"):
+    with pytest.raises(BadInput, match="do not fit"):
         BrainLMRegressor.from_pretrained(tmp_path)
-
-
-def test_importing_brainlm_imports_no_transformers():
-    optional = "{'transformers', 'datasets', 'huggingface_hub'}"
-    code = f"import brainlm, sys; sys.exit(bool({optional} & {{*sys.modules}}))"
-    assert python("-c", code, cwd=REPOSITORY).returncode == 0
 
 
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
 def test_a_run_folder_goes_to_the_hub_and_back_bit_for_bit(uninterrupted, tmp_path, command):
-    transformers = pytest.importorskip("transformers")
-    folder, inputs = uninterrupted[command], tiny_input(B=2, T=T, V=V)
-    if command == "pretrain":
-        inputs += (random_mask(2, T // P, V, 0.75),)
-
-    def from_hub(folder, **more):
-        auto = transformers.AutoModelForPreTraining
-        return auto.from_pretrained(folder, trust_remote_code=True, **more)
-    ours, theirs = load(folder), from_hub(folder)
+    auto = pytest.importorskip("transformers").AutoModelForPreTraining
+    inputs, ours = tiny_input(B=2, T=T, V=V), load(uninterrupted[command])
+    theirs = auto.from_pretrained(uninterrupted[command], trust_remote_code=True)
     assert not theirs.training and same_outputs(theirs, ours, *inputs)
-    theirs.save_pretrained(tmp_path / "saved")
-    assert {path.name for path in (tmp_path / "saved").iterdir()} >= {"model.safetensors", "brainlm.py"}
-    again = type(ours).from_pretrained(tmp_path / "saved")
-    assert same_outputs(from_hub(tmp_path / "saved"), ours, *inputs)
-    assert same_outputs(again, ours, *inputs) and again.config == ours.config
-    again.save_pretrained(tmp_path / "back")
-    assert same_outputs(load(tmp_path / "back"), ours, *inputs)
-    if command == "finetune":
-        assert same_outputs(BrainLM.from_pretrained(tmp_path / "saved"), ours.backbone, *inputs)
-    else:
-        half = from_hub(folder, dtype=torch.bfloat16)
-        torch.testing.assert_close(half(*inputs)[0].float(), ours(*inputs)[0], rtol=0.1, atol=0.1)
-
-
-def test_the_hubs_configuration_is_ours(uninterrupted):
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoConfig.from_pretrained(uninterrupted["pretrain"], trust_remote_code=True)
-    of_run = load(uninterrupted["pretrain"]).config
-    for hub, ours in (theirs, of_run), (type(theirs)(hidden_size=256), BrainLMConfig(hidden_size=256)):
-        assert {name: getattr(hub, name) for name in vars(ours)} == vars(ours)
+    theirs.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"model.safetensors", "brainlm.py"}
+    assert same_outputs(auto.from_pretrained(tmp_path, trust_remote_code=True), ours, *inputs)
+    again, backbone = type(ours).from_pretrained(tmp_path), BrainLM.from_pretrained(tmp_path)
+    assert again.config == ours.config and same_outputs(again, ours, *inputs)
+    assert same_outputs(backbone, getattr(ours, "backbone", ours), *inputs)
 
 
 def test_a_name_that_the_hub_does_not_give_is_refused_in_one_line(data, tmp_path):
@@ -934,27 +720,21 @@ def test_a_name_that_the_hub_does_not_give_is_refused_in_one_line(data, tmp_path
     assert_refused(line, "nobody/nothing")
 
 
-def test_pasted_into_a_notebook_the_file_neither_parses_the_kernels_arguments_nor_needs_a_file(tmp_path):
-    code = f"""
-import sys, types
-sys.argv = ["ipykernel_launcher.py", "-f", "kernel.json"]
-sys.modules["__main__"] = notebook = types.ModuleType("__main__")
-source = open({str(REPOSITORY / "brainlm.py")!r}).read()
-for cell in source, source[source.index("# Part II: the program"):]:       # and Part II's cell once more
-    exec(compile(cell, "<cell>", "exec"), notebook.__dict__)
-model = notebook.BrainLM(notebook.BrainLMConfig(20, 5, 16)).eval()
-model.save_pretrained({str(tmp_path)!r})
-again = notebook.BrainLM.from_pretrained({str(tmp_path)!r})
-inputs = notebook.torch.randn(1, 20, 3), notebook.torch.randn(3, 3)
-assert notebook.torch.equal(model(*inputs)[0], again(*inputs)[0])
-notebook.main(["pretrain"])"""
-    done = python("-c", code, cwd=tmp_path)
-    assert re.fullmatch("error: no sample_data.py beside .*\n", done.stderr), done.stderr
-    assert done.returncode == 2
+def test_pasted_into_a_notebook_the_file_neither_parses_the_kernels_arguments_nor_needs_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    for package in "sample_data", "transformers":
+        monkeypatch.setitem(sys.modules, package, None)     # as if it were not there
+    notebook = types.ModuleType("__main__")
+    for cell in SOURCE, SOURCE[len(PART_I):]:           # and Part II's cell once more
+        exec(cell, vars(notebook))
+    model = stir(notebook.BrainLM(notebook.BrainLMConfig(20, 5, 16)))
+    model.save_pretrained(tmp_path)
+    assert same_outputs(notebook.BrainLM.from_pretrained(tmp_path), model, *tiny_input())
+    assert_refused(["pretrain"], "no sample_data.py")
 
 
-# ------------------------------------------------------------------------------------------------------
-# 12. Evaluation, against the shortest numpy that says the same
+# 12. Evaluation, against the shortest numpy that says the same --------------------------------------------------------
 
 
 def test_fixed_windows_reach_the_end_of_every_recording(tmp_path):
@@ -965,39 +745,20 @@ def test_fixed_windows_reach_the_end_of_every_recording(tmp_path):
 
 
 def test_scores_are_numpys_on_hidden_tokens_at_each_horizon_and_over_all_and_never_clipped():
-    (signal, _), (noise, _) = tiny_input(seed=0), tiny_input(seed=1)
-    for mask in forward_mask(2, 4, 3), random_mask(2, 4, 3, 0.5):
-        for prediction in (signal + 0.3 * noise, 5 + noise):
-            sums = error_sums(prediction, signal, mask)
-            x, y = (patchify(values, 5)[mask].double().numpy() for values in (prediction, signal))
-            columns = [(sums.sum(dim=1), x, y)] + [(sums[:, i], x[:, i], y[:, i]) for i in range(5)]
-            for sums, x, y in columns:
-                assert scores(sums) == pytest.approx({
-                    "R2": 1 - np.sum((x - y) ** 2) / np.sum((y - y.mean()) ** 2),
-                    "MSE": np.mean((x - y) ** 2), "MAE": np.mean(abs(x - y))})
-        assert scores(sums)["R2"] < -1
+    (signal, _), (noise, _), mask = tiny_input(seed=0), tiny_input(seed=1), random_mask(2, 4, 3, 0.5)
+    for prediction in signal + 0.3 * noise, 5 + noise:
+        sums = error_sums(prediction, signal, mask)
+        x, y = (patchify(values, 5)[mask].double().numpy() for values in (prediction, signal))
+        for sums, x, y in [(sums.sum(dim=1), x, y)] + [(sums[:, i], x[:, i], y[:, i]) for i in range(5)]:
+            R2 = 1 - np.sum((x - y) ** 2) / np.sum((y - y.mean()) ** 2)
+            assert scores(sums) == pytest.approx({"R2": R2, "MSE": np.mean((x - y) ** 2), "MAE": np.mean(abs(x - y))})
     constant = error_sums(noise, torch.ones(2, 20, 3), mask).sum(dim=1)
     assert scores(constant)["R2"] == -math.inf, "no variance to explain"
 
 
-def test_two_evaluations_hide_the_same_tokens_whatever_the_batch_size(tmp_path):
-    dataset, _ = tiny_dataset(tmp_path / "data")
-    windows, seen = brainlm.fixed_windows(dataset, range(3), 20, spacing=20), []
-
-    def predict(signal, mask, ridge):
-        seen.extend(mask)
-        return torch.zeros_like(signal)
-    sums = [brainlm.score_reconstruction(predict, None, dataset, windows, tiny_config(), False, batch_size)
-            for batch_size in (1, 3)]
-    first, second = torch.stack(seen).chunk(2)
-    assert torch.equal(first, second) and not torch.equal(first[0], first[1])
-    torch.testing.assert_close(*sums)
-
-
 def test_regression_scores_are_numpys():
-    rng = np.random.default_rng(0)
-    target = rng.normal(60, 8, 30)
-    prediction = target + rng.normal(3, 12, 30)
+    target = 60 + 8 * numbers(30, 1)[:, 0].astype(float)
+    prediction = target + 3 + 12 * numbers(30, 1, seed=1)[:, 0]
     error = prediction - target
     assert brainlm.regression_scores(prediction, target) == pytest.approx({
         "MAE": np.mean(abs(error)), "MSE": np.mean(error ** 2),
@@ -1009,25 +770,26 @@ def test_gaussian_conditional_mean(tmp_path):
     dataset, recordings = tiny_dataset(tmp_path / "data", V=V)
     signal, mask = dataset.batch([(0, 0), (1, 5)], 20), random_mask(2, 4, V, 0.5)
     mask[0, 0], mask[0, 1] = True, False                # all hidden, none hidden
-    prediction = brainlm.gaussian_conditional(dataset)(signal, mask, ridge)
+    blind = signal.masked_fill(mask.repeat_interleave(5, dim=1), math.nan)
+    prediction = brainlm.gaussian_conditional(dataset)(blind, mask, ridge)
 
     timepoints = np.concatenate(recordings).astype(float)
     mean, covariance = timepoints.mean(axis=0), np.cov(timepoints.T, bias=True)
     regular = covariance + ridge * np.diag(covariance).mean() * np.eye(V)
     for b, t in np.ndindex(2, 20):
-        x, hidden, expected = signal[b, t].numpy(), mask[b, t // 5].numpy(), signal[b, t].numpy().copy()
+        hidden, expected = mask[b, t // 5].numpy(), signal[b, t].numpy().copy()
         weights = covariance[hidden][:, ~hidden] @ np.linalg.inv(regular[~hidden][:, ~hidden])
-        expected[hidden] = mean[hidden] + weights @ (x - mean)[~hidden]
+        expected[hidden] = mean[hidden] + weights @ (expected - mean)[~hidden]
         np.testing.assert_allclose(prediction[b, t], expected, rtol=1e-4, atol=1e-5)
 
 
 def ridge_weights(inputs, outputs, ridge):
     """Weights, and last a constant that is not penalised; the penalty is relative to the inputs' variance."""
-    inputs, outputs = np.array(inputs, dtype=float), np.array(outputs, dtype=float)
-    penalty = ridge * inputs.var(axis=0).mean() * len(inputs)
+    inputs = np.array(inputs, dtype=float)
     design = np.column_stack([inputs, np.ones(len(inputs))])
+    penalty = ridge * inputs.var(axis=0).mean() * len(inputs)
     penalties = np.diag([penalty] * inputs.shape[1] + [0.0])
-    return np.linalg.inv(design.T @ design + penalties) @ design.T @ outputs
+    return np.linalg.inv(design.T @ design + penalties) @ design.T @ np.array(outputs, dtype=float)
 
 
 def test_forecasting_baselines(tmp_path):
@@ -1035,9 +797,8 @@ def test_forecasting_baselines(tmp_path):
     dataset, recordings = tiny_dataset(tmp_path / "data")
     signal, mask, predictions = dataset.batch([(0, 0), (1, 3)], 20), forward_mask(2, 5, 3), {}
     for name, predict in brainlm.forecasting_baselines(dataset, P).items():
-        prediction = predict(signal, mask, ridge)
-        assert torch.equal(prediction[:, :-P], signal[:, :-P])
-        predictions[name] = prediction[:, -P:]
+        blind = signal.masked_fill(mask.repeat_interleave(P, dim=1), math.nan)
+        predictions[name] = predict(blind, mask, ridge)[:, -P:]
 
     assert torch.equal(predictions["persistence"], signal[:, -P - 1:-P].expand(-1, P, -1)), "the last value"
 
@@ -1048,8 +809,8 @@ def test_forecasting_baselines(tmp_path):
             future.extend(x[t + P:t + 2 * P].T)
     weights = ridge_weights(past, future, ridge)
     for b, v in np.ndindex(2, 3):
-        np.testing.assert_allclose(predictions["ridge autoregression"][b, :, v],
-                                   [*signal[b, -2 * P:-P, v], 1.0] @ weights, rtol=1e-4, atol=1e-5)
+        expected = [*signal[b, -2 * P:-P, v], 1.0] @ weights
+        np.testing.assert_allclose(predictions["ridge autoregression"][b, :, v], expected, rtol=1e-4, atol=1e-5)
 
     lags = [[*x[t - 1], *x[t - 2]] for x in recordings for t in range(2, len(x))]
     weights = ridge_weights(lags, [x[t] for x in recordings for t in range(2, len(x))], ridge)
@@ -1057,60 +818,50 @@ def test_forecasting_baselines(tmp_path):
     for b, t in np.ndindex(2, P):                       # the last two timepoints of all parcels, iterated
         t += 20 - P
         expected[b, t] = [*expected[b, t - 1], *expected[b, t - 2], 1.0] @ weights
-    np.testing.assert_allclose(predictions["2-lag vector autoregression"], expected[:, -P:], rtol=1e-4,
-                               atol=1e-5)
+    np.testing.assert_allclose(predictions["2-lag vector autoregression"], expected[:, -P:], rtol=1e-4, atol=1e-5)
 
 
-def baselines(dataset, P):
-    """[(name, predict, a mask that it is made for), ...]"""
-    forecasting = brainlm.forecasting_baselines(dataset, P).items()
-    mask = random_mask(2, 20 // P, 3, 0.5, torch.Generator().manual_seed(0))
-    return [(name, predict, forward_mask(2, 20 // P, 3)) for name, predict in forecasting] + [
-        ("Gaussian conditional mean", brainlm.gaussian_conditional(dataset), mask)]
-
-
-def test_an_offset_of_the_signal_cripples_no_baseline_and_none_sees_what_is_hidden(tmp_path):
-    """The intercept is not penalised: what is predicted of x + 10 is 10 more than what is predicted of x."""
-    dataset, recordings = tiny_dataset(tmp_path / "data")
-    write_dataset(tmp_path / "shifted", {"Recording": [recording + 10 for recording in recordings]})
-    shifted, signal = RecordingDataset(tmp_path / "shifted", "Recording"), dataset.batch([(0, 0), (1, 3)], 20)
-    for (name, predict, mask), (_, predict_shifted, _) in zip(baselines(dataset, 4), baselines(shifted, 4)):
-        expected, hidden = predict(signal, mask, 0.1), mask.repeat_interleave(4, dim=1)
-        far = predict_shifted(signal + 10, mask, 0.1)
-        torch.testing.assert_close(far, expected + 10, rtol=1e-4, atol=1e-4)
-        blind = predict(signal.masked_fill(hidden, math.nan), mask, 0.1)
-        assert torch.equal(blind[hidden], expected[hidden]), name
-
-
-def test_tables_stand_in_the_order_of_each_methods_best_ridge(tmp_path):
-    dataset, _ = tiny_dataset(tmp_path / "data", lengths=(60, 70, 80))
-    windows, (_, xyz), best = [(0, 0), (1, 0)], tiny_input(), {"BrainLM": math.inf}
-    for name, predict, _ in baselines(dataset, 5):
-        task = dataset, windows, tiny_config(), name != "Gaussian conditional mean", 8
-        sums = [brainlm.score_reconstruction(predict, ridge, *task) for ridge in brainlm.RIDGES]
-        best[name] = max(scores(of_ridge.sum(dim=1))["R2"] for of_ridge in sums)
-    tables = brainlm.evaluate_reconstruction(tiny_model(), xyz, torch.float32, dataset, dataset, windows, 8)
-    for table in tables.values():
-        assert len(table) > 1 and list(table) == sorted(table, key=best.get, reverse=True)
-        assert all(row["R2"] == best[name] for name, row in table.items() if name != "BrainLM")
+def test_each_baseline_has_the_ridge_that_suits_it_best_and_the_best_stands_first(tmp_path, monkeypatch):
+    def tables(ridges):
+        monkeypatch.setattr(brainlm, "RIDGES", ridges)
+        return brainlm.evaluate_reconstruction(model, xyz, torch.float32, dataset, dataset,
+                                               windows, 8)
+    (dataset, _), windows = tiny_dataset(tmp_path / "data", lengths=(60, 70, 80)), [(0, 0), (1, 0)]
+    model, (_, xyz), ridges = tiny_model(), tiny_input(), brainlm.RIDGES
+    each = [tables([ridge]) for ridge in ridges]
+    for title, table in tables(ridges).items():
+        R2 = {name: row["R2"] for name, row in table.items()}
+        assert R2 == {name: max(of_one[title][name]["R2"] for of_one in each) for name in table}
+        assert list(table) == ["BrainLM", *sorted({*table} - {"BrainLM"}, key=R2.get, reverse=True)]
 
 
 def test_connectivity_ridge_finds_a_target_that_is_written_in_the_connectivity(tmp_path):
-    rng, V = np.random.default_rng(0), 6
-
     def people(folder, number):
         coupling = rng.uniform(0.1, 0.9, number)        # between parcels 0 and 1; the target is made of it
-        recordings = [rng.standard_normal((300, V)) for _ in coupling]
+        recordings = [rng.standard_normal((300, 6)) for _ in coupling]
         for recording, c in zip(recordings, coupling):
             recording[:, 1] = c * recording[:, 0] + (1 - c ** 2) ** 0.5 * recording[:, 1]
         write_dataset(folder, {"Recording": recordings})
         return RecordingDataset(folder, "Recording"), 60 + 20 * coupling
+    rng = np.random.default_rng(0)
     (train_set, target), (val_set, val_target) = people(tmp_path / "train", 40), people(tmp_path / "val", 20)
-    rows, val_rows = np.arange(40), np.arange(20)
-    prediction = brainlm.connectivity_ridge(train_set, rows, target, val_set, val_rows)
-    assert brainlm.regression_scores(prediction, val_target)["R2"] > 0.9
-    noise = brainlm.connectivity_ridge(train_set, rows, rng.normal(60, 5, 40), val_set, val_rows)
-    assert noise.std() < 2.5 and abs(noise.mean() - 60) < 2.5, "nothing to find: near the training mean"
+    data = train_set, np.arange(40), target, val_set, np.arange(20)
+    for projections in [np.eye(6)], brainlm.coskewness_projections(train_set, np.arange(40)):
+        prediction = brainlm.connectivity_ridge(*data, projections)
+        assert brainlm.regression_scores(prediction, val_target)["R2"] > 0.9
+    blind = np.diag([0.0, 0.0, 1.0, 1.0, 1.0, 1.0])     # to what the target is made of: leave-one-out sees that
+    assert np.array_equal(prediction, brainlm.connectivity_ridge(*data, [blind, *projections, blind]))
+    noise = brainlm.connectivity_ridge(train_set, np.arange(40), rng.normal(60, 5, 40), val_set, np.arange(20),
+                                       [np.eye(6)])
+    assert noise.std() < 1.5 and abs(noise.mean() - 60) < 2, "nothing to find: near the training mean"
+
+
+def test_the_coskewness_subspace_is_that_of_the_unfolded_tensor(tmp_path):
+    dataset, recordings = tiny_dataset(tmp_path / "data", lengths=(50,), V=12)
+    (projection,) = brainlm.coskewness_projections(dataset, np.arange(1))
+    x = (recordings[0] - recordings[0].mean(axis=0)) / recordings[0].std(axis=0)
+    left = np.linalg.svd(np.einsum("ti,tj,tk->ijk", x, x, x).reshape(12, 144))[0][:, :10]
+    np.testing.assert_allclose(projection, left @ left.T, atol=1e-4)
 
 
 def test_nearest_neighbours_leave_the_parcel_itself_out():
@@ -1126,7 +877,6 @@ def test_attention_weights_sum_to_one_respect_the_mask_and_are_those_of_training
     x, position = model.tokens(signal, xyz)
     for i, layer in enumerate(model.layers):
         weights = model.attention(signal, xyz, i)
-        assert weights.shape == (2, 2, 13, 13)
         torch.testing.assert_close(weights.sum(dim=3), torch.ones(2, 2, 13))
         assert not weights[~block_causal_mask(4, 3).expand_as(weights)].any()
         q, k, v = layer.queries_keys_values(x, position)
@@ -1134,56 +884,62 @@ def test_attention_weights_sum_to_one_respect_the_mask_and_are_those_of_training
         x = layer(x, position, 3)
 
 
-# ------------------------------------------------------------------------------------------------------
-# 13. Devices: the kernel for bfloat16 on CPUs, and many processes
+def test_similar_parcels_are_those_whose_states_go_together():
+    model, (signal, xyz) = tiny_model(), tiny_input(V=3)
+    states = model(signal, xyz)[1][0, 1:].detach().numpy().reshape(4, 3, 16)         # [N, V, H]
+    states = states - states.mean(axis=0)
+    states = (states - states.mean(axis=1, keepdims=True)).transpose(1, 0, 2).reshape(3, 64)
+    lengths = np.linalg.norm(states, axis=1)
+    expected = states @ states.T / np.outer(lengths, lengths)
+    np.testing.assert_allclose(model.similarity(signal, xyz)[0], expected, rtol=1e-4, atol=1e-5)
 
 
-@SHAPES
-def test_the_kernel_for_bfloat16_is_masked_attention(N, V):
-    """Outputs and gradients; its formulas in float64, where they can be held to the last digits."""
-    def kernel(q, k, v, V):
-        q, k, v = ((tensor * factor).flatten(0, 1) for tensor, factor in ((q, 8 ** -0.5), (k, 1), (v, 1)))
-        return brainlm.CPUAttention.apply(q, k, v, V).unflatten(0, (2, 2))
-    qkv = torch.randn(3, 2, 2, 1 + N * V, 8, dtype=torch.float64, requires_grad=True).unbind()
-    exact = output_and_gradients(masked_attention, qkv, V)
-    torch.testing.assert_close(output_and_gradients(kernel, qkv, V), exact, rtol=1e-12, atol=1e-12)
-    rounded = brainlm.block_causal_attention(*(tensor.bfloat16() for tensor in qkv), V)
-    torch.testing.assert_close(rounded, exact[0].bfloat16(), rtol=0.05, atol=0.05)
+# 13. Devices: the kernel for bfloat16 on CPUs, and many processes -----------------------------------------------------
 
 
-@pytest.mark.parametrize("scale, tolerance", [(10, 0.04), (100, None), (1000, None)])
-def test_the_kernel_does_not_round_large_scores_and_stays_finite_at_huge_ones(scale, tolerance):
-    """Trained models have scores of 60, where bfloat16 knows only quarters: weights would be wrong by a
-    tenth. Scores of 40,000 and of millions are rounded, but overflow nothing."""
-    qkv = torch.randn(3, 1, 2, 1 + 4 * 50, 32)
-    qkv[0] *= scale
-    qkv[1] *= 1 if tolerance else scale
-    qkv = qkv.bfloat16().requires_grad_().unbind()
-    results = output_and_gradients(brainlm.block_causal_attention, qkv, V=50)
-    assert all(result.isfinite().all() for result in results)
-    if tolerance:
-        exact = output_and_gradients(masked_attention, [tensor.double() for tensor in qkv], V=50)
-        for rounded, truth in zip(results, exact):
-            assert (rounded.double() - truth).norm() < tolerance * truth.norm()
+def test_the_kernel_does_not_round_large_scores_and_stays_finite_at_huge_ones():
+    """Trained models have scores of 60, where bfloat16 knows only quarters: weights would be wrong by a tenth. Scores
+    of 60,000 and of millions are rounded, but overflow nothing."""
+    q, k, v = torch.randn(3, 1, 2, 1 + 4 * 50, 32)
+    for scale in 20, 10_000, 1_000_000:
+        qkv = [tensor.bfloat16().requires_grad_() for tensor in (scale * q, k, v)]
+        results = output_and_gradients(brainlm.block_causal_attention, qkv, V=50)
+        assert all(result.isfinite().all() for result in results)
+        if scale == 20:
+            exact = output_and_gradients(masked_attention, [tensor.double() for tensor in qkv], V=50)
+            for rounded, truth in zip(results, exact):
+                assert (rounded.double() - truth).norm() < 0.04 * truth.norm()
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
+def test_muon_in_float32_is_torchs_but_for_rounding(shape):
+    start = torch.nn.Parameter(torch.randn(shape))
+    results = []
+    for kind in brainlm.Muon, torch.optim.Muon:
+        matrix = torch.nn.Parameter(start.detach().clone())
+        optimizer = kind([matrix], lr=0.1, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
+        for seed in range(3):
+            matrix.grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+        results.append(matrix.detach())
+    assert not torch.equal(*results) and (results[0] - results[1]).norm() < 0.02 * (results[1] - start).norm()
 
 
 def test_gradient_checkpointing_changes_no_value():
-    model, (signal, xyz) = tiny_model().train(), tiny_input()
-    mask, results = random_mask(2, 4, 3, 0.5), []
-    for change in (lambda model: None, brainlm.recompute_layers):
+    model, (signal, xyz), mask = tiny_model().train(), tiny_input(), random_mask(2, 4, 3, 0.5)
+    results = []
+    for change in (lambda model: None), brainlm.recompute_layers:
         change(model)
-        prediction, hidden = model(signal, xyz, mask)
-        loss = reconstruction_loss(prediction, signal, mask) + hidden.square().mean()
-        results.append((prediction, *torch.autograd.grad(loss, list(model.parameters()))))
-    assert all(map(torch.equal, *results)) and all(gradient.any() for gradient in results[0])
+        loss = reconstruction_loss(model(signal, xyz, mask)[0], signal, mask)
+        results.append([loss, *torch.autograd.grad(loss, list(model.layers.parameters()))])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("units, name", [
     ({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16"),
     ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, "float32"),          # no AMX: slower than float32
     ({"avx512_bf16": False, "avx2": True}, "float32"), ({}, "float32")])
-def test_auto_dtype_is_what_the_processor_has_and_a_resumed_run_keeps_its_own(
-        data, tmp_path, monkeypatch, units, name):
+def test_auto_dtype_is_what_the_processor_has_and_a_resumed_run_keeps_its_own(data, tmp_path, monkeypatch, units, name):
     elsewhere = {"avx512_bf16": name == "float32"}      # a processor of the other kind
     for steps, found, dtype in (1, units, "auto"), (2, elsewhere, "auto"), (3, elsewhere, "float32"):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
@@ -1196,8 +952,8 @@ def start_two(line, line_of_other=None, **of_first):
     with socket.socket() as server:
         server.bind(("localhost", 0))
         world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
-    return [start(line, world | {"RANK": "0", "LOCAL_RANK": "0"}, **of_first),
-            start(line_of_other or line, world | {"RANK": "1", "LOCAL_RANK": "1"})]
+    return (start(line, RANK="0", LOCAL_RANK="0", **world, **of_first),
+            start(line_of_other or line, RANK="1", LOCAL_RANK="1", **world))
 
 
 def assert_same_but_for_rounding(folder, expected):
@@ -1207,8 +963,8 @@ def assert_same_but_for_rounding(folder, expected):
     others = load(expected).state_dict()
     for name, value in load(folder).state_dict().items():
         start = 16 if name.endswith("qkv.bias") else 0      # what adds to all keys changes no softmax: noise
-        value, other = value.reshape(-1)[start:], others[name].reshape(-1)[start:]
-        torch.testing.assert_close(value, other, rtol=1e-3, atol=1e-3, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(value.reshape(-1)[start:], others[name].reshape(-1)[start:], rtol=1e-3, atol=1e-3,
+                                   msg=lambda text: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("command, more", [("pretrain", "--hidden_dropout_prob=0"), ("finetune", "--seed=0"),
@@ -1225,16 +981,12 @@ def test_two_machines_without_a_common_disk_are_killed_and_resume_as_one_or_as_t
     run, one, more = tmp_path / "run", "--per_device_train_batch_size=4", "--hidden_dropout_prob=0"
     run_here(words("pretrain", data, tmp_path / "one", more, one))
     elsewhere = words("pretrain", data, tmp_path / "elsewhere", more)
-    for kill_at in IN_SAVE_2, IN_SAVE_2:
-        first, second = start_two(words("pretrain", data, run, more), elsewhere, kill_at=kill_at)
-        ended(first, -signals.SIGKILL)
-        second.kill()
-        second.join()
-        assert_loadable(run)
+    first, second = start_two(words("pretrain", data, run, more), elsewhere, kill_at=IN_SAVE_4)
+    ended(first, -signals.SIGKILL)
+    second.kill()
+    second.join()
     shutil.copytree(run, tmp_path / "as_one")
-    step = state(run)["step"]
-    assert 0 < step < 6
-    assert f"after step {step} of" in run_here(words("pretrain", data, tmp_path / "as_one", more, one))
+    assert "after step 4 of" in run_here(words("pretrain", data, tmp_path / "as_one", more, one))
     for process in start_two(words("pretrain", data, run, more), elsewhere):
         ended(process)
     for resumed in run, tmp_path / "as_one":
@@ -1248,77 +1000,61 @@ def test_torchrun_makes_the_sample_data_once_prints_once_and_ends_at_ctrl_c(tmp_
     (tmp_path / "sample_data").mkdir()                  # as an interrupted creation leaves it
     line = ("-m torch.distributed.run --standalone --nproc_per_node=2 brainlm.py pretrain --device cpu "
             "--timepoint_patching_size 100 --hidden_size 8 --num_hidden_layers 1 --logging_steps 1")
-    environment, pipe = os.environ | {"OMP_NUM_THREADS": "1"}, subprocess.PIPE
-    torchrun = subprocess.Popen([sys.executable, *line.split()], cwd=tmp_path, env=environment, text=True,
-                                stdout=pipe, stderr=pipe)
-    printed = []
-    while not printed or not printed[-1].startswith("step "):
-        printed.append(torchrun.stdout.readline())
-        assert printed[-1], torchrun.stderr.read()
+    torchrun = subprocess.Popen([sys.executable, *line.split()], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE)
+    printed = list(itertools.takewhile(lambda line: not line.startswith("step "), torchrun.stdout))
     torchrun.send_signal(signals.SIGINT)
-    torchrun.communicate(timeout=60)
+    errors = torchrun.communicate(timeout=60)[1]
     for start_of_line in "no ./sample_data", "wrote ./sample_data", "data:", "model:":
-        assert len([line for line in printed if line.startswith(start_of_line)]) == 1, printed
+        assert len([line for line in printed if line.startswith(start_of_line)]) == 1, errors
     assert state(tmp_path / "runs/pretrain")["step"] == 0
 
 
-# ------------------------------------------------------------------------------------------------------
-# 14. The run folder: the same bits wherever a run is restarted, and nobody's files lost
+# 14. The run folder: the same bits wherever a run is restarted, and nobody's files lost -------------------------------
 
 
 @pytest.mark.parametrize("command, step", [("pretrain", 3), ("finetune", 5)])
 def test_a_run_killed_before_any_of_its_file_operations_resumes_to_the_same_bits(
         data, uninterrupted, tmp_path, command, step):
-    last, codes = 0, []
-    while last == 0 or codes[-1] != 0:                  # two at a time, until one is not killed any more
-        runs = [tmp_path / str(kill_at) for kill_at in (last, last + step)]
-        for process in [start(words(command, data, run), kill_at=int(run.name)) for run in runs]:
-            process.join(60)
-            codes.append(process.exitcode)
-        for run in runs:
-            assert_loadable(run)
-        for process in [start(words(command, data, run)) for run in runs]:
-            ended(process)
-        for run in runs:
-            assert_same_run(run, uninterrupted[command])
-        last += 2 * step
-    assert len(codes) * step > 30 and set(codes) == {0, -signals.SIGKILL}
+    for kill_at in itertools.count(step=step):
+        run = tmp_path / str(kill_at)
+        process = start(words(command, data, run), kill_at=kill_at)
+        process.join(60)
+        if (run / "pytorch_model.bin").exists():
+            load(run)                                   # from the first model on, there is one at any instant
+        run_here(words(command, data, run))
+        assert_same_run(run, uninterrupted[command])
+        if process.exitcode != -signals.SIGKILL:        # it ended before this operation
+            break
+    assert process.exitcode == 0 and kill_at > 30
 
 
-@pytest.mark.parametrize("written", [1000, 20_000])
-@pytest.mark.parametrize("full, code", [(signals.SIG_DFL, -signals.SIGXFSZ), (signals.SIG_IGN, 2)],
-                         ids=["killed while it writes", "disk full"])
-def test_a_run_that_cannot_write_a_file_to_its_end_resumes_to_the_same_bits(
-        data, uninterrupted, tmp_path, written, full, code):
-    run = tmp_path / "run"
-    ended(start(words("pretrain", data, run), kill_at=IN_SAVE_2), -signals.SIGKILL)
-    before = (run / "pytorch_model.bin").read_bytes(), state(run)["step"]
-    printed = ended(start(words("pretrain", data, run), largest_file=written, full=full), code)
-    assert ((run / "pytorch_model.bin").read_bytes(), state(run)["step"]) == before
-    assert_loadable(run)
-    if code == 2:
-        assert len(re.findall("^error: could not write .*intact$", printed, re.MULTILINE)) == 1
-        assert "Traceback" not in printed
-    else:
-        assert written in [file.stat().st_size for file in run.glob(".*.part")]
-    run_here(words("pretrain", data, run))
-    assert_same_run(run, uninterrupted["pretrain"])
+def test_a_run_on_a_full_disk_ends_in_one_line_and_resumes_to_the_same_bits(data, uninterrupted, tmp_path):
+    line, (soft, hard) = words("pretrain", data, tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    ended(start(line, kill_at=IN_SAVE_2), -signals.SIGKILL)
+    before = state(tmp_path)["step"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))       # of bytes in a file; writing more fails
+    try:
+        assert_refused(line, "could not write ... intact")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert state(tmp_path)["step"] == before
+    run_here(line)
+    assert_same_run(tmp_path, uninterrupted["pretrain"])
 
 
 @pytest.mark.parametrize("number, code", [(signals.SIGINT, 130), (signals.SIGTERM, -signals.SIGTERM)])
-def test_ctrl_c_and_sigterm_stop_at_once_and_keep_the_last_checkpoint(
-        data, uninterrupted, tmp_path, number, code):
-    run = tmp_path / "run"
-    printed = ended(start(words("pretrain", data, run), kill_at=IN_SAVE_2, number=number), code)
-    assert "Traceback" not in printed and (number != signals.SIGINT or "goes on from it" in printed)
-    step = state(run)["step"]
-    assert f"resuming {run} after step {step} of 6" in run_here(words("pretrain", data, run))
-    assert_same_run(run, uninterrupted["pretrain"])
+def test_ctrl_c_and_sigterm_stop_at_once_and_keep_the_last_checkpoint(data, uninterrupted, tmp_path, number, code):
+    line = words("pretrain", data, tmp_path)
+    printed = ended(start(line, kill_at=IN_SAVE_2, number=number), code)
+    assert "Traceback" not in printed
+    assert f"resuming {tmp_path} after step {state(tmp_path)['step']} of 6" in run_here(line)
+    assert_same_run(tmp_path, uninterrupted["pretrain"])
 
 
 def test_a_second_process_on_the_same_folder_is_refused(data, tmp_path, monkeypatch):
     def log(self, **metrics):                           # in the midst of training
-        assert f"error: {tmp_path} is in use" in ended(start(words("pretrain", data, tmp_path)), 2)
+        assert_refused(words("pretrain", data, tmp_path), f"{tmp_path} is in use")
         refused.append(metrics)
     refused = []
     monkeypatch.setattr(brainlm.RunFolder, "log", log)
@@ -1326,33 +1062,9 @@ def test_a_second_process_on_the_same_folder_is_refused(data, tmp_path, monkeypa
     assert len(refused) == 1
 
 
-def test_a_refused_command_lets_go_of_the_folder(data, run):
-    assert_refused(words("pretrain", data, run, "--mask_ratio=0.5"), "mask_ratio")
-    ended(start(words("pretrain", data, run)))
-
-
-def test_a_file_system_without_locks_is_good_enough(data, tmp_path, monkeypatch):
-    def flock(*arguments):
-        raise OSError(38, "Function not implemented")
-    monkeypatch.setattr("fcntl.flock", flock)
-    run_here(words("pretrain", data, tmp_path / "run", "--max_steps", 1))
-
-
-@pytest.mark.parametrize("name", [None, "config.json", "args.json", "metrics.jsonl", "pytorch_model.bin"])
-def test_a_finished_run_started_again_changes_nothing_and_mends_its_files(data, uninterrupted, run, name):
-    if name:
-        (run / name).write_text("cut")
-    run_here(words("pretrain", data, run))
-    assert_same_run(run, uninterrupted["pretrain"])
-    for other in {name} & {"config.json", "pytorch_model.bin"}:
-        assert (run / other).read_bytes() == (uninterrupted["pretrain"] / other).read_bytes()
-
-
 @pytest.mark.parametrize("line, told", [
     ("pretrain --hidden_size=16", "hidden_size 8 there and 16 now ... --output_dir"),
-    ("pretrain --num_hidden_layers=1", "num_hidden_layers 2 there and 1 now ... --output_dir"),
-    ("pretrain --mask_ratio=0.5", "mask_ratio 0.75 there and 0.5 now ... --output_dir"),
-    ("pretrain --loss_fn=mae", "loss_fn mse there and mae now ... --output_dir"),
+    ("pretrain --mask_ratio=0.5", "mask_ratio 0.75 there and 0.5 now"),
     ("finetune --model_name_or_path={pretrained}", "command pretrain there and finetune now"),
     ("pretrain --max_steps=5", "6 steps"),
     ("pretrain --model_name_or_path={pretrained} --hidden_size=16", "hidden_size=16 ... size mismatch"),
@@ -1363,11 +1075,8 @@ def test_a_run_is_not_resumed_with_other_flags(data, uninterrupted, run, line, t
     assert_same_run(run, uninterrupted["pretrain"])
 
 
-@pytest.mark.parametrize("what", ["empty", "cut", "of another version"])
-def test_a_broken_training_state_is_not_resumed(data, run, what):
-    content, other = (run / "training_state.pt").read_bytes(), io.BytesIO()
-    torch.save({"step": 3}, other)
-    content = {"empty": b"", "cut": content[:len(content) // 2], "of another version": other.getvalue()}[what]
+@pytest.mark.parametrize("content", [b"", WEIGHTS[:999], bytes_of({"step": 3})], ids=["empty", "cut", "other version"])
+def test_a_broken_training_state_is_not_resumed(data, run, content):
     (run / "training_state.pt").write_bytes(content)
     assert_refused(words("pretrain", data, run), f"{run} ... --output_dir")
 
@@ -1387,61 +1096,37 @@ def test_files_of_others_are_not_overwritten(data, tmp_path, name):
     assert (tmp_path / name).read_text() == "mine"
 
 
-@pytest.mark.parametrize("place", ["{tmp}/file", "{tmp}/file/run", "/proc/run", "/proc/self"])
+@pytest.mark.parametrize("place", ["{tmp}/file", "{tmp}/file/run", "/proc/run"])
 def test_an_output_folder_that_cannot_be_written_is_refused(data, tmp_path, place):
-    if place.startswith("/proc") and not Path("/proc/self").exists():
-        pytest.skip("needs Linux")
     (tmp_path / "file").write_text("in the way")
     place = place.format(tmp=tmp_path)
     assert_refused(words("pretrain", data, place), place)
 
 
-def test_a_resume_with_another_batch_size_goes_on_with_the_next_sample(data, tmp_path, monkeypatch):
-    drawn, training_window = [], RecordingDataset.training_window
-    monkeypatch.setattr(RecordingDataset, "training_window",
-                        lambda self, n, *others: drawn.append(n) or training_window(self, n, *others))
-    for steps, batch_size in (3, 2), (5, 4):
-        run_here(words("pretrain", data, tmp_path, f"--max_steps={steps}",
-                       f"--per_device_train_batch_size={batch_size}"))
-    assert drawn == list(range(3 * 4 + 2 * 8)), "two batches make a step"
-
-
-def test_the_loss_that_is_logged_is_the_mean_since_the_last_line_whatever_happened_between(data, tmp_path):
-    def losses(run):
-        return {line["step"]: line["loss"] for line in metrics(run) if "loss" in line}
-    run, every = tmp_path / "run", tmp_path / "every"
-    run_here(words("pretrain", data, every, "--logging_steps", 1, "--eval_steps", 0))
-    each = list(losses(every).values())
-    ended(start(words("pretrain", data, run, "--eval_steps", 0), kill_at=IN_SAVE_4), -signals.SIGKILL)
-    assert state(run)["step"] == 4 and len(each) == 6
-    run_here(words("pretrain", data, run, "--logging_steps", 5, "--eval_steps", 0))
-    assert losses(run) == pytest.approx({3: np.mean(each[:3]), 5: np.mean(each[3:5]), 6: each[5]})
+def test_the_loss_that_is_logged_is_the_mean_since_the_last_line(data, uninterrupted, tmp_path):
+    run_here(words("pretrain", data, tmp_path, "--logging_steps=1"))
+    each, of_three = ([line["loss"] for line in metrics(run) if "loss" in line]
+                      for run in (tmp_path, uninterrupted["pretrain"]))
+    assert of_three == pytest.approx([np.mean(each[:3]), np.mean(each[3:])])
 
 
 @LOUD
-@pytest.mark.parametrize("command, more", [
-    ("pretrain", "--learning_rate=1e18"), ("finetune", "--learning_rate=1e18"),
-    ("pretrain", "--train_dataset_path={tmp}/loud"), ("finetune", "--model_name_or_path={tmp}/nan")])
-def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(data, tmp_path, command, more):
-    write_dataset(tmp_path / "loud", {"R": [1e30 * numbers()] * 2})
-    write_files(tmp_path / "nan", checkpoint(TENSORS | {"norm.bias": torch.full((8,), math.nan)}))
-    more = ["--warmup_ratio=0", "--save_steps=1", more.format(tmp=tmp_path)]
-    assert_refused(words(command, data, tmp_path / "run", *more), "step ")
-    if "nan" not in more[-1]:
-        signal, xyz = tiny_input(B=2, T=T, V=V)
-        model = load(tmp_path / "run")
-        assert all(value.isfinite().all() for value in (*model.state_dict().values(), model(signal, xyz)[0]))
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(data, tmp_path, command):
+    more = ["--warmup_ratio=0", "--save_steps=1", "--learning_rate=1e30"]
+    assert_refused(words(command, data, tmp_path, *more), "step ... loss")
+    model = load(tmp_path)
+    output = model(*tiny_input(T=T, V=V))[0]
+    assert all(value.isfinite().all() for value in (*model.state_dict().values(), output))
 
 
-# ------------------------------------------------------------------------------------------------------
-# 15. Commands
+# 15. Commands ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_setting_is_a_flag_with_the_same_default():
     with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
         brainlm.main(["pretrain", "--help"])
-    flags = " ".join(printed.getvalue().split("options:")[1].split())
-    told = dict(re.findall(r"--(\w+) [^-].*?\(default: (.*?)\)", flags))
+    told = dict(re.findall(r"--(\w+) [^-].*?\(default: (.*?)\)", " ".join(printed.getvalue().split())))
     settings = vars(brainlm.command_line().parse_args(["pretrain"]))
     for option in fields(BrainLMConfig) + fields(TrainingConfig):
         assert told[option.name] == str(option.default)
@@ -1450,17 +1135,15 @@ def test_every_setting_is_a_flag_with_the_same_default():
 
 def test_pretrain_leaves_a_complete_run_folder_and_reports_its_progress_and_its_opponents(uninterrupted):
     run = uninterrupted["pretrain"]
-    assert {path.name for path in run.iterdir()} >= {
-        "config.json", "pytorch_model.bin", "brainlm.py", "training_state.pt", "metrics.jsonl", "args.json"}
-    assert json.loads((run / "config.json").read_text())["timepoint_patching_size"] == P
+    assert {path.name for path in run.iterdir()} >= {"config.json", "pytorch_model.bin", "brainlm.py", "README.md",
+                                                     "training_state.pt", "metrics.jsonl", "args.json"}
     assert (run / "brainlm.py").read_text() == SOURCE
     *lines, last = metrics(run)
     assert [line["step"] for line in lines if "loss" in line] == [3, 6]
     assert [line["step"] for line in lines if "masked_R2" in line] == [3]
     masked, forecasting = last["tables"].values()
     assert set(masked) == {"BrainLM", "Gaussian conditional mean"}
-    assert set(forecasting) == {"BrainLM", "persistence", "ridge autoregression",
-                                "2-lag vector autoregression"}
+    assert set(forecasting) == {"BrainLM", "persistence", "ridge autoregression", "2-lag vector autoregression"}
     assert {"R2", "MSE", "MAE", "R2 at 1", "R2 at 3"} <= set(forecasting["BrainLM"])
     printed = (run.parent / "printed").read_text()
     assert all(text in printed for text in ("step 6/6  loss", "samples/s", *masked, *forecasting))
@@ -1477,22 +1160,21 @@ def test_finetune_takes_another_atlas_than_pretraining_and_leaves_out_rows_witho
     assert set(table) == {"BrainLM", "training mean", "ridge on functional connectivity"}
     assert set(table["BrainLM"]) == {"MAE", "MSE", "R2", "r"}
     assert all(text in printed for text in ("2 of 5 recordings have no Age", *table))
-    model, (signal, xyz) = load(tmp_path / "run"), tiny_input(B=1, T=T, V=5)
-    assert model.target_mean.item() == pytest.approx(57.0) and 40 < model(signal, xyz).item() < 75
+    model = load(tmp_path / "run")
+    assert model.target_mean == 57 and 40 < model(*tiny_input(B=1, T=T, V=5)).item() < 75
 
 
 def test_evaluate_sets_the_model_beside_the_baselines_in_two_processes_as_in_one(data, tmp_path):
     one, two = (shutil.copytree(data / "pretrained", tmp_path / name) for name in ("one", "two"))
     first, second = start_two(words("evaluate", data, None, f"--model_name_or_path={two}"))
     printed = run_here(words("evaluate", data, None, f"--model_name_or_path={one}"))
-    assert all(text in ended(first) for text in printed.splitlines()[:1]) and ended(second) == ""
+    assert "BrainLM" in ended(first) and ended(second) == "", "only rank 0 prints"
     tables, of_two = (json.loads((folder / "evaluation.json").read_text())["tables"] for folder in (one, two))
     masked, forecasting, networks = tables.values()
     assert set(networks) == {"BrainLM embedding", "coordinates", "functional connectivity profile"}
     assert all(name in printed for name in (*masked, *forecasting, *networks))
-    for title, table in tables.items():
-        for method, row in table.items():
-            assert of_two[title][method] == pytest.approx(row, rel=1e-4, abs=1e-5)
+    for title, method in [(title, method) for title, table in tables.items() for method in table]:
+        assert of_two[title][method] == pytest.approx(tables[title][method], rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("V, recording", [(1, numbers(20, 1)), (V, np.zeros((20, V), np.float32))],
@@ -1501,32 +1183,20 @@ def test_the_least_there_can_be_goes_through_all_commands(tmp_path, V, recording
     for split in "train", "val":
         write_dataset(tmp_path / split, {"R": [recording] * 4, "Age": [1.0, 2.0, 3.0, None]})
     write_dataset(tmp_path / "coords", {**{axis: [1.0] * V for axis in "XYZ"}, "Network": ["Default"] * V})
-    smallest = "--num_timepoints_per_voxel=4 --hidden_size=2 --num_hidden_layers=1 --num_attention_heads=1"
-    lines = [words("pretrain", tmp_path, tmp_path / "pretrained", *smallest.split()),
-             words("finetune", tmp_path, tmp_path / "finetuned"), words("evaluate", tmp_path, None)]
-    for line in lines:
+    smallest = "--num_timepoints_per_voxel=4 --hidden_size=4 --num_hidden_layers=1 --num_attention_heads=1"
+    for line in (words("pretrain", tmp_path, tmp_path / "pretrained", *smallest.split()),
+                 words("finetune", tmp_path, tmp_path / "finetuned"), words("evaluate", tmp_path, None)):
         assert "Warning" not in ended(start(line))
     lines = metrics(tmp_path / "pretrained") + metrics(tmp_path / "finetuned")
-    losses = [line["loss"] for line in lines if "loss" in line]
-    assert len(losses) == 4 and np.isfinite(losses).all()
+    assert np.isfinite([line["loss"] for line in lines if "loss" in line]).all()
 
 
-def test_dropout_of_the_flags_acts_on_given_weights_and_not_on_what_features_look_like(
-        data, tmp_path, monkeypatch):
-    def run_training(args, training, model, *others):
-        seen[args.command] = model
-        sys.exit(0)
-    seen, given = {}, f"--model_name_or_path={tmp_path / 'dropout'}"
-    monkeypatch.setattr(brainlm, "run_training", run_training)
-    BrainLM(BrainLMConfig(T, P, 8, 2, 2, hidden_dropout_prob=0.9)).save_pretrained(tmp_path / "dropout")
-    for command, more in ("pretrain", ["--hidden_dropout_prob=0.3"]), ("finetune", []):
-        with pytest.raises(SystemExit):
-            run_here(words(command, data, tmp_path / command, given, *more))
-    model = seen["pretrain"]
-    assert {layer.dropout for layer in model.layers} == {model.config.hidden_dropout_prob} == {0.3}
-    model, dataset = seen["finetune"].eval(), RecordingDataset(data / "train", "R")
-    xyz, _ = brainlm.read_coordinates(data / "coords")
-    features = torch.cat([model.features(dataset.batch([(row, 0)], T), xyz) for row in range(8)])
+def test_features_are_standardised_as_they_are_used_without_dropout(data, tmp_path):
+    BrainLM(replace(SIZES, hidden_dropout_prob=0.9)).save_pretrained(tmp_path / "given")
+    given = f"--model_name_or_path={tmp_path / 'given'}"
+    run_here(words("finetune", data, tmp_path / "run", given, "--freeze_backbone"))
+    model, (xyz, _) = load(tmp_path / "run"), brainlm.read_coordinates(data / "coords")
+    features = model.features(RecordingDataset(data / "train", "R").batch([(row, 0) for row in range(8)], T), xyz)
     torch.testing.assert_close(model.feature_std, features.std(dim=0), rtol=1e-3, atol=1e-6)
 
 
@@ -1546,12 +1216,11 @@ def test_evaluate_of_a_model_of_the_hub_writes_nothing_beside_the_user(data, tmp
 
 @pytest.mark.parametrize("command", ["pretrain", "finetune", "evaluate"])
 def test_evaluation_never_takes_more_windows_at_once_than_it_is_told(data, tmp_path, monkeypatch, command):
-    def counting(self, signal, *others):
-        if not self.training:
-            sizes.add(len(signal))
-        return forward(self, signal, *others)
-    sizes, forward = set(), BrainLM.forward
-    monkeypatch.setattr(BrainLM, "forward", counting)
+    def counting(self, windows, num_timepoints):
+        sizes.add(len(windows))
+        return batch(self, windows, num_timepoints)
+    sizes, batch = set(), RecordingDataset.batch        # training takes 2
+    monkeypatch.setattr(RecordingDataset, "batch", counting)
     write_dataset(tmp_path / "val", {"R": [numbers(100)] * 2, "Age": [50.0, 60.0]})
     given = shutil.copytree(data / "pretrained", tmp_path / "pretrained")
     run_here(words(command, data, tmp_path / "run", f"--val_dataset_path={tmp_path / 'val'}",
@@ -1559,17 +1228,10 @@ def test_evaluation_never_takes_more_windows_at_once_than_it_is_told(data, tmp_p
     assert max(sizes) == 3
 
 
-def test_sample_data_are_not_looked_for_among_installed_packages(tmp_path):
-    shutil.copy(REPOSITORY / "brainlm.py", tmp_path)
-    done = python("brainlm.py", "pretrain", cwd=tmp_path)
-    assert done.returncode == 2 and re.fullmatch("error: no sample_data.py beside .*\n", done.stderr)
-
-
-# ------------------------------------------------------------------------------------------------------
-# Datasets that the library `datasets` writes: {layout: its feature, as a function of the library}
+# Datasets that the library `datasets` writes --------------------------------------------------------------------------
 
 RECORDINGS = [np.abs(10 * numbers(12 + i, seed=i)).round().astype(int).tolist() for i in range(7)]
-LAYOUTS = {
+LAYOUTS = {  # {layout: its feature, as a function of the library}
     **{dtype: partial(lambda dtype, d: d.Sequence(d.Sequence(d.Value(dtype))), dtype)
        for dtype in ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8")},
     "fixed-size inner lists": lambda d: d.Sequence(d.Sequence(d.Value("float32"), length=V)),
@@ -1594,9 +1256,7 @@ def assert_reads_as_datasets_does(folder):
         for row, values in enumerate(expected[:rows]):
             values = np.asarray(values, dtype=np.float64)
             assert dataset.lengths[row] == len(values) and np.array_equal(dataset.window(row), values)
-            for start, length in (0, 2), (3, 5), (len(values) - 4, 4):
-                window = dataset.window(row, start, num_timepoints=length)
-                assert np.array_equal(window, values[start:start + length])
+            assert np.array_equal(dataset.window(row, 3, num_timepoints=5), values[3:8])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -1607,8 +1267,7 @@ def test_every_layout_reads_as_datasets_does(tmp_path, name):
     features = datasets.Features({"R": LAYOUTS[name](datasets), "k": datasets.Value("int64")})
     whole = datasets.Dataset.from_dict({"R": recordings, "k": [3, 1, 2, 6, 5, 4, 0]}, features)
     for change in (lambda: whole, lambda: whole.select([5, 2, 6, 0]), lambda: whole.select(range(2, 6)),
-                   lambda: whole.filter(lambda row: row["k"] % 2), lambda: whole.shuffle(seed=1),
-                   lambda: whole.sort("k"), lambda: whole.train_test_split(0.4, seed=0)["train"],
+                   lambda: whole.filter(lambda row: row["k"] % 2), lambda: whole.sort("k"),
                    lambda: datasets.concatenate_datasets([whole.select(range(3, 7)), whole]),
                    lambda: whole.map(lambda row: row, writer_batch_size=2)):
         for num_shards in 1, 3:
@@ -1617,27 +1276,18 @@ def test_every_layout_reads_as_datasets_does(tmp_path, name):
             assert_reads_as_datasets_does(folder)
 
 
-def test_one_split_of_a_dataset_dict_with_types_left_to_datasets_reads_as_datasets_does(tmp_path):
+def test_one_of_several_datasets_may_have_columns_of_any_type_beside_the_recordings(tmp_path):
     datasets = pytest.importorskip("datasets")
-    split = datasets.Dataset.from_dict({"R": RECORDINGS})
-    datasets.DatasetDict({"train": split, "test": split.select([1, 2, 3])}).save_to_disk(tmp_path)
-    for name in "train", "test":
-        assert_reads_as_datasets_does(tmp_path / name)
-
-
-def test_columns_of_any_type_may_stand_beside_the_recordings(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    day = datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone.utc)
     columns = {"R": RECORDINGS, "text": ["a", None, "Ω", "", "e", "f", "g"], "nothing": [None] * 7,
-               "dict": [{"a": 1, "b": ["x"]}] * 7, "list": [list(range(i)) for i in range(7)],
-               "time": [day] * 7, "day": [day.date()] * 7, "bytes": [b"\0\xff" * i for i in range(7)],
+               "dict": [{"a": 1, "b": ["x"]}] * 7, "list": [[1.5]] * 7,
+               "day": [datetime.date(2020, 1, 1)] * 7, "bytes": [b"\0\xff" * i for i in range(7)],
                "yes": [True, None, False, True, False, True, True], "label": [0, 1, 0, 1, 0, 1, 0],
                "Age": [50, None, 60, 61, 62, 63, None], "Score": [1.5, math.nan, None, 2.5, 3.5, 4.5, 5.5]}
-    dataset = datasets.Dataset.from_dict(columns)
-    dataset = dataset.cast_column("label", datasets.ClassLabel(names=["control", "patient"]))
-    dataset.save_to_disk(tmp_path / "saved", num_shards=2)
-    assert_reads_as_datasets_does(tmp_path / "saved")
-    table = brainlm.open_table(tmp_path / "saved")
+    labels = datasets.ClassLabel(names=["control", "patient"])
+    whole = datasets.Dataset.from_dict(columns).cast_column("label", labels)
+    datasets.DatasetDict({"train": whole, "test": whole}).save_to_disk(tmp_path, num_shards={"train": 2, "test": 1})
+    assert_reads_as_datasets_does(tmp_path / "train")
+    table = brainlm.open_table(tmp_path / "train")
     for name in "yes", "label", "Age", "Score":
         values = brainlm.open_numbers(table, name, "here")
         assert np.array_equal(values, np.array(columns[name], float), equal_nan=True)
@@ -1652,22 +1302,20 @@ def test_array2d_trains_without_the_datasets_library(data, uninterrupted, tmp_pa
     assert_same_run(tmp_path / "run", uninterrupted["pretrain"])
 
 
-# ------------------------------------------------------------------------------------------------------
-# sample_data.py
+# sample_data.py -------------------------------------------------------------------------------------------------------
+
+
+def column_of(folder, name):
+    return brainlm.read_arrow(folder)[name].to_pylist()
 
 
 def test_datasets_reads_what_sample_data_writes(tmp_path):
     datasets = pytest.importorskip("datasets")
     make_sample_data(tmp_path, num_train=3, num_val=2, num_parcels=10, num_timepoints=60)
-    theirs, coords = (datasets.load_from_disk(str(tmp_path / name)) for name in ("train", "coords"))
-    ours = RecordingDataset(tmp_path / "train", RECORDING_COL)
-    xyz, networks = brainlm.read_coordinates(tmp_path / "coords")
-    assert len(theirs) == len(ours) == 3
-    for row in range(3):
-        assert np.array_equal(np.float32(theirs[row][RECORDING_COL]), ours.window(row))
-    assert theirs["Age.At.MHQ"][:] == ours.table["Age.At.MHQ"].to_pylist()
-    assert np.array_equal(np.float32([coords[axis][:] for axis in "XYZ"]).T, xyz)
-    assert networks == coords["Network"][:]
+    for name in "train", "val", "coords":
+        theirs = datasets.load_from_disk(str(tmp_path / name))
+        assert theirs.column_names and all(theirs[column][:] == column_of(tmp_path / name, column)
+                                           for column in theirs.column_names)
 
 
 def test_sample_data_have_the_same_bytes_for_a_seed_and_other_people_for_another_seed_or_split(tmp_path):
@@ -1680,103 +1328,69 @@ def test_sample_data_have_the_same_bytes_for_a_seed_and_other_people_for_another
     assert contents[0] == contents[1] and len({*ages[1], *ages[2]}) == 12
 
 
-def column_of(folder, name):
-    return brainlm.read_arrow(folder)[name].to_pylist()
-
-
 @pytest.mark.parametrize("dtype", ["float16", ">f4", "float64", "int16", "uint8"])
-def test_write_dataset_needs_no_pandas(dtype, tmp_path):
-    (tmp_path / "pandas.py").write_text("raise ImportError('pandas is not here')")
-    script = ("import numpy as np; from sample_data import write_dataset\n"
-              f"recording = np.arange(12).reshape(4, 3).astype({dtype!r})\n"
-              f"write_dataset({str(tmp_path / 'data')!r}, {{'R': [recording], 'Age': [None], 'n': [1]}})")
-    done = python("-c", script, env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"})
-    assert done.returncode == 0, done.stderr
-    assert column_of(tmp_path / "data", "R") == [np.arange(12).reshape(4, 3).tolist()]
+def test_write_dataset_keeps_the_type_of_recordings(dtype, tmp_path):
+    recording = np.arange(12).reshape(4, 3).astype(dtype)
+    write_dataset(tmp_path / "data", {"R": [recording], "Age": [None]})
+    window = RecordingDataset(tmp_path / "data", "R").window(0)
+    assert np.array_equal(window, recording) and window.dtype == recording.dtype.newbyteorder("=")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int16])
 def test_robust_scale_gives_median_0_and_range_1_and_zeros_where_a_parcel_hardly_varies(dtype):
     recording = (1000 + 20 * numbers(60, 5)).astype(dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        scaled = robust_scale(recording)
-    low, median, high = np.percentile(scaled, [25, 50, 75], axis=0)
-    assert scaled.dtype == np.float32
-    assert np.allclose(median, 0, atol=1e-6) and np.allclose(high - low, 1, atol=1e-6)
     recording[:, 1] = 0
     recording[:, 3] = 1000
     recording[7, 3] = 1100                              # a spike in a parcel that is constant otherwise
     if dtype == np.float64:
         recording[:, 3] += 1e-12 * recording[:, 0]      # rounding noise is no variance
-    with pytest.warns(UserWarning, match=r"parcels 1, 3 .*written as zeros"):
-        with_zeros = robust_scale(recording)
-    assert not with_zeros[:, [1, 3]].any()
-    assert np.array_equal(with_zeros[:, [0, 2, 4]], scaled[:, [0, 2, 4]])
+    with pytest.warns(UserWarning, match="parcels 1, 3 "):
+        scaled = robust_scale(recording)
+    low, median, high = np.percentile(scaled[:, [0, 2, 4]], [25, 50, 75], axis=0)
+    assert scaled.dtype == np.float32 and not scaled[:, [1, 3]].any()
+    assert np.allclose(median, 0, atol=1e-6) and np.allclose(high - low, 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_robust_scale_refuses_nan_and_infinity_unless_told_to_write_zeros(value):
     recording = numbers(60, 5)
     recording[4, 2] = value
-    with pytest.raises(ValueError, match=rf"^timepoint 4, parcel 2 is {value}.*nan=.zero.[^\n]*$"):
+    with pytest.raises(ValueError, match=f"^timepoint 4, parcel 2 is {value}"):
         robust_scale(recording)
-    with pytest.warns(UserWarning, match="parcels 2 .*written as zeros"):
+    with pytest.warns(UserWarning, match="parcels 2 "):
         scaled = robust_scale(recording, nan="zero")
     assert np.isfinite(scaled).all() and not scaled[:, 2].any() and scaled[:, 3].any()
-    with pytest.raises(ValueError, match="nan is 'ignore'"):
-        robust_scale(recording, nan="ignore")
-    with pytest.raises(ValueError, match=r"\(timepoints, parcels\).*\(60,\)"):
-        robust_scale(recording[:, 0])
 
 
-def test_an_interrupted_creation_leaves_no_train_and_can_be_repeated(tmp_path, monkeypatch):
-    def interrupted(*arguments):
-        made.append(arguments)
-        if len(made) == 4:                              # of 2 in val and 3 in train
-            raise KeyboardInterrupt
-        return make_person(*arguments)
-    made, make_person = [], sample_data.make_person
-    sizes = {"num_train": 3, "num_val": 2, "num_parcels": 6, "num_timepoints": 40}
-    monkeypatch.setattr(sample_data, "make_person", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        make_sample_data(tmp_path, **sizes)
-    assert not (tmp_path / "train").exists()
-    make_sample_data(tmp_path, **sizes)
-    assert {path.name for path in tmp_path.iterdir()} == {"train", "val", "coords"}
+def test_train_is_written_last_so_that_where_it_is_the_others_are(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(sample_data, "write_dataset", lambda folder, columns: written.append(folder.name))
+    make_sample_data(tmp_path, num_train=1, num_val=1, num_parcels=6, num_timepoints=40)
+    assert sorted(written[:2]) == ["coords", "val"] and written[2:] == ["train"]
 
 
-@pytest.mark.parametrize("death", ["raise KeyboardInterrupt", "os.kill(os.getpid(), 9)"])
-def test_a_write_that_dies_keeps_the_older_dataset_and_harms_no_later_one(tmp_path, death):
-    write_dataset(tmp_path / "data", {"n": [1]})
-    script = (f"import os, sample_data\ndef die(*_): {death}\nsample_data.column_values = die\n"
-              f"sample_data.write_dataset({str(tmp_path / 'data')!r}, {{'n': [2]}})")
-    assert python("-c", script, cwd=REPOSITORY).returncode != 0
-    assert column_of(tmp_path / "data", "n") == [1]
-    leftovers = [path.name for path in tmp_path.iterdir() if path.name != "data"]
-    assert len(leftovers) == ("kill" in death) and all(name.startswith(".data.") for name in leftovers)
-    write_dataset(tmp_path / "data", {"n": [3]})
-    assert column_of(tmp_path / "data", "n") == [3]
+def test_a_killed_write_keeps_the_older_dataset_and_harms_no_later_one(tmp_path):
+    folder = tmp_path / "data"
+    write_dataset(folder, {"n": [1]})
+    script = ("import os, sample_data; sample_data.column_values = lambda *_: os.kill(os.getpid(), 9)\n"
+              f"sample_data.write_dataset({str(folder)!r}, {{'n': [2]}})")
+    assert subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY).returncode == -signals.SIGKILL
+    assert column_of(folder, "n") == [1]
+    write_dataset(folder, {"n": [3]})
+    assert column_of(folder, "n") == [3]
 
 
 def test_writers_of_one_folder_do_not_collide(tmp_path):
     def write_often(writer):
-        try:
-            for _ in range(40):
-                write_dataset(tmp_path / "data", {"n": [writer] * 100})
-        except Exception as error:
-            failures.append(error)
-    failures, writers = [], [threading.Thread(target=write_often, args=(i,)) for i in range(4)]
-    for thread in writers:
-        thread.start()
-    for thread in writers:
-        thread.join()
-    assert not failures and len(set(column_of(tmp_path / "data", "n"))) == 1
+        for _ in range(40):
+            write_dataset(tmp_path / "data", {"n": [writer] * 100})
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write_often, range(4)))           # raises what one of them raises
+    assert len(set(column_of(tmp_path / "data", "n"))) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-# ------------------------------------------------------------------------------------------------------
-# README.md
+# README.md ------------------------------------------------------------------------------------------------------------
 
 
 def test_every_python_block_of_the_readme_runs_in_order(tmp_path, monkeypatch):
@@ -1785,11 +1399,9 @@ def test_every_python_block_of_the_readme_runs_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_sample_data("sample_data", num_train=1, num_val=1, num_parcels=20, num_timepoints=220)
     BrainLM(BrainLMConfig(hidden_size=32)).save_pretrained("runs/pretrain")
-    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 6
     names = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+    for block in README_BLOCKS:
+        exec(block, names)
     assert names["forecast"].shape == (1, 40, 20) and Path("my_data/train/state.json").exists()
 
 
@@ -1798,5 +1410,4 @@ def test_the_readme_links_to_the_lines_of_its_functions():
     links = re.findall(r"\[`(?:\w+\.)?(\w+)`]\(brainlm\.py#L(\d+)\)", (REPOSITORY / "README.md").read_text())
     assert len(links) >= 10
     for name, line in links:
-        where = [i for i, text in enumerate(lines, start=1) if re.match(rf"\s*(def|class) {name}\b", text)]
-        assert int(line) in where, f"README.md links {name} to line {line}, it is in {where}"
+        assert re.match(rf"\s*(def|class) {name}\b", lines[int(line) - 1]), f"README.md links {name} to line {line}"
