@@ -383,8 +383,8 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, val_sh
     for number, file in enumerate(files, start=1):
         recording = read_series(file)
         if recording.shape[1:] != (len(parcels["X"]),):
-            raise ValueError(f"{file}: shape {recording.shape}, and {len(parcels['X'])} parcels in {coords}: transposed, "
-                             "an index column, another atlas? --pattern picks files by name")
+            raise ValueError(f"{file}: shape {recording.shape}, but {coords} has {len(parcels['X'])} parcels: another "
+                             "atlas, an index column, transposed? --pattern picks files by name")
         if number % 100 == 0:
             print(f"read {number} of {len(files)} files")
         if len(recording) < min_timepoints:
@@ -396,7 +396,7 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, val_sh
             print(f"{file}: {warning.message}")
         subject = (re.findall("sub-[0-9A-Za-z]+", str(file.relative_to(input_dir))) or [file.stem])[-1]
         person = people.get(subject.removeprefix("sub-"), nobody)
-        rows.append({"Subject": subject, "File": str(file), **repetition_time, **person, RECORDING_COL: scaled})
+        rows.append({**person, "Subject": subject, "File": str(file), **repetition_time, RECORDING_COL: scaled})
 
     subjects = sorted({row["Subject"] for row in rows})
     known = sum(subject.removeprefix("sub-") in people for subject in subjects)
@@ -410,7 +410,7 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, val_sh
     for split in "val", "train":
         chosen = [row for row in rows if (row["Subject"] in in_val) == (split == "val")]
         write_dataset(Path(output_dir, split), {name: [row[name] for row in chosen] for name in rows[0]})
-    print(f"wrote {output_dir}/{{train,val,coords}}: {len(subjects) - num_val} + {num_val} subjects; next:\n"
+    print(f"wrote {output_dir}/{{train,val,coords}}: {len(subjects) - num_val} + {num_val} subjects. Next:\n\n"
           f"python brainlm.py pretrain --train_dataset_path {output_dir}/train --val_dataset_path {output_dir}/val "
           f"--coords_dataset_path {output_dir}/coords --output_dir runs/mine")
 
@@ -439,8 +439,8 @@ def read_series(file):
             raise ValueError(f"{file}: {error}") from None
     table = read_table(file, header=False)
     first = [str(column[0]) for column in table.columns]
-    header = pa.string() in table.schema.types  # or there is a cell that is no number: then this finds it
-    if header:
+    header = pa.string() in table.schema.types
+    if header:  # or there is a cell that is no number: reading again finds it
         table = read_table(file, dict.fromkeys(first, pa.float64()))
     recording = np.column_stack([column.cast(pa.float64()).to_numpy() for column in table.columns])
     counts = len(first) > 2 and not header and (np.diff(recording[0]) == 1).all()
