@@ -1953,8 +1953,8 @@ write_dataset("val", {"Recording": scaled[3:], "Age": [48.9]})
 write_dataset("coords", dict(zip("XYZ", xyz.T)))
 #
 from brainlm import BrainLM, BrainLMRegressor, main, torch
-flags = ("--train_dataset_path train --val_dataset_path val --coords_dataset_path coords --recording_col_name Recording "
-         "--max_steps 2 --device cpu --dtype float32")
+flags = ("--train_dataset_path train --val_dataset_path val --coords_dataset_path coords "
+         "--recording_col_name Recording --max_steps 2 --device cpu --dtype float32")
 main(f"pretrain {flags} --output_dir pretrained --num_timepoints_per_voxel 40 --hidden_size 16".split())
 main(f"finetune {flags} --output_dir tuned --model_name_or_path pretrained --variable_of_interest_col_name Age".split())
 #
