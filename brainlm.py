@@ -734,7 +734,7 @@ def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples
         if timepoints.null_count:
             refuse(f"row {row}, timepoint {timepoints.is_null().index(True)} is missing")
         widths = pc.list_value_length(timepoints).to_numpy()
-        num_parcels = num_parcels or max(widths, default=0)
+        num_parcels = num_parcels or max(1, max(widths, default=0))
         if (widths != num_parcels).any():
             t = np.argmax(widths != num_parcels)
             refuse(f"row {row}, timepoint {t} has {widths[t]} parcels, expected {num_parcels}: is it ragged, "
@@ -1136,12 +1136,12 @@ def connectivity_ridge(train_set, train_rows, train_target, val_set, val_rows, p
         center = train.mean(axis=0)
         train = train - center
         values, vectors = np.linalg.eigh(train @ train.T)      # dual form: many more connections than recordings
-        values, vectors = values[1:], vectors[:, 1:]           # the first, 0, is the mean, which centring took out
         for ridge in np.logspace(-3, 3, 25) * max(values.mean(), 1e-12):
             inverse = vectors / (values + ridge) @ vectors.T
             weights = inverse @ (train_target - mean)
-            error = np.square(weights / np.diag(inverse)).mean()       # of each recording, predicted from the others
-            fits.append((error, projection, center, train.T @ weights))
+            # The error of each recording, predicted from the others; their mean is one more thing that they tell.
+            errors = weights / (np.diag(inverse) - 1 / (ridge * len(train)))
+            fits.append((np.square(errors).mean(), projection, center, train.T @ weights))
     _, projection, center, slope = min(fits, key=lambda fit: fit[0])
     val = np.stack([correlation(val_set.window(row) @ projection)[upper] for row in val_rows])
     return mean + (val - center) @ slope
