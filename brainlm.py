@@ -1190,11 +1190,9 @@ def attention_weights(model, signal, xyz, layer):
 @torch.no_grad()
 def parcel_similarity(model, signal, xyz):
     """How alike a BrainLM finds what parcels do: signal [B, T, V] -> float32 [B, V, V], correlations of their hidden
-    states along time. Each state counts as it differs from the parcel's mean state, which tells where it lies, and from
-    the mean over all parcels at that time."""
+    states along time. Each state counts as it differs from the parcel's mean state, which tells where it lies."""
     states = model(signal, xyz)[1][:, 1:].float().unflatten(1, (-1, signal.shape[2]))        # [B, N, V, H]
     states = states - states.mean(dim=1, keepdim=True)
-    states = states - states.mean(dim=2, keepdim=True)
     states = F.normalize(states.transpose(1, 2).flatten(2), dim=2)                           # [B, V, N * H]
     return states @ states.mT
 
