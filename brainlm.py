@@ -4,10 +4,8 @@ A recording is a matrix of BOLD signals, (timepoints, parcels), e.g. 200 x 424. 
 three quarters of it and learns to fill them in; what it learns on the way predicts age or clinical
 scores. After Ortega Caro et al., BrainLM, ICLR 2024: https://openreview.net/forum?id=RwI7ZEfR27
 
-Part I is the lesson, in the order of the data: 1 configuration, 2 data, 3 tokens, 4 attention,
-5 model, 6 masking and loss, 7 head, 8 training, 9 the start. It runs alone in a notebook cell.
-Part II is the program around it: 10 broken input, 11 checkpoints, 12 evaluation, 13 devices,
-14 the run folder, 15 commands.
+Part I is the lesson, in the order of the data, sections 1 to 9. It runs alone in a notebook cell.
+Part II is the program around it, sections 10 to 15.
 
 Shapes: B batch, T timepoints, V parcels, P patch length, N = T / P temporal tokens, H hidden size,
 D = H / heads, S = 1 + N * V sequence length. "Temporal token n": the n-th patch of all parcels.
@@ -69,6 +67,7 @@ class TrainingConfig:
     weight_decay: float = 0.1                 # of matrices alone
     warmup_ratio: float = 0.05                # share of the steps in which the rate rises
     forward_mask_prob: float = 0.3            # share of the steps that learn to forecast
+    stride_prob: float = 0.0                  # share of the steps with every 2nd or 3rd timepoint
     seed: int = 0
 
 
@@ -385,10 +384,13 @@ def reconstruction_loss(prediction, signal, mask, loss_fn="mse"):
 
 def pretraining_batch(dataset, config, training, samples, step):
     """What a step learns from: signal [B, T, V] and mask bool [B, N, V] of the samples with these
-    numbers. The kind of mask is one for the step, in all its batches."""
+    numbers. Sampling rate and kind of mask are one for the step, in all its batches."""
     T, V = config.num_timepoints_per_voxel, dataset.num_parcels
     N, B, seed = T // config.timepoint_patching_size, len(samples), training.seed
-    windows = [dataset.training_window(n, range(len(dataset)), T, seed) for n in samples]
+    stride, random = 1, generator(seed, "stride", step)
+    if torch.rand((), generator=random) < training.stride_prob:     # as if scanned more slowly
+        stride = min(int(torch.randint(2, 4, (), generator=random)), dataset.lengths.min() // T)
+    windows = [dataset.training_window(n, range(len(dataset)), stride * T, seed) for n in samples]
     random = generator(seed, "kind of mask", step)
     if torch.rand((), generator=random) < training.forward_mask_prob:
         # Earlier patches are hidden as well, some of them: so a window holds several forecasts.
@@ -396,7 +398,7 @@ def pretraining_batch(dataset, config, training, samples, step):
     else:
         mask = torch.cat([random_mask(1, N, V, config.mask_ratio, generator(seed, "random mask", n))
                           for n in samples])
-    return dataset.batch(windows, T), mask
+    return dataset.batch(windows, stride * T)[:, ::stride], mask
 
 
 def pretraining_loss(model, signal, xyz, mask, loss_fn="mse"):
@@ -480,9 +482,8 @@ def train(model, optimizers, batch_loss, training, num_steps, first_step=0, samp
     """Train the model in place: `for step, loss in train(...)`, from first_step to num_steps.
 
     It yields between gradient and update: `step` updates are done, and these weights are fit to
-    save or validate, since the next batch's loss and gradient are finite; BadInput where they are
-    not. The last update follows the last yield. batch_loss(model, samples, step) -> scalar loss of
-    the samples with these numbers, on from `sample`; every process takes its share of a step's.
+    save or validate, since the next batch's loss and gradient are finite; else BadInput.
+    batch_loss(model, samples, step) -> scalar loss of the samples with these numbers.
     """
     B, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     for step in range(first_step, num_steps):
@@ -539,9 +540,8 @@ def initial_weights(model):
     nn.init.normal_(model.mask_token, std=0.3)
     nn.init.normal_(model.cls_token, std=0.02)
 
-    # 2. The patch projection keeps lengths (its P columns are orthonormal) and model.head inverts
-    #    it: signal that enters a token leaves it as signal, up to the scale of the last LayerNorm.
-    #    No other term may lie along these directions: the head would print it as signal. So QR
+    # 2. The patch projection keeps lengths (its P columns are orthonormal), and model.head inverts
+    #    it. No other term may lie along these directions: the head would print it as signal. So QR
     #    turns the P columns away from ones (LayerNorm removes the mean over H) and the sinusoid;
     #    where and [MASK] lose their part along them.
     taken = torch.cat([torch.ones(1, H), temporal_encoding(N, H)]).T             # [H, 1 + N]
@@ -1760,7 +1760,7 @@ def command_line():
 
         training = command.add_argument_group("training", "what they are: TrainingConfig in brainlm.py")
         for option in fields(TrainingConfig):
-            if run is pretrain or option.name != "forward_mask_prob":
+            if run is pretrain or option.name not in ("forward_mask_prob", "stride_prob"):
                 training.add_argument(f"--{option.name}", type=option.type, default=option.default,
                                       help="(default: %(default)s)")
         if run is finetune:

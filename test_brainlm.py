@@ -345,6 +345,19 @@ def test_forward_steps_hide_the_last_temporal_token_and_a_third_of_the_others_to
     assert 0.25 < mask[:, 0, :-1, 0].float().mean() < 0.42, "a third"
 
 
+def test_slower_steps_see_every_2nd_or_3rd_timepoint_where_recordings_are_long_enough(tmp_path):
+    for lengths, strides in ((70, 60), {1, 2, 3}), ((70, 50), {1, 2}), ((70, 25), {1}):
+        dataset, recordings = tiny_dataset(tmp_path / "data", lengths)
+        training, seen = TrainingConfig(stride_prob=0.5), []
+        for step in range(60):
+            (signal,), _ = brainlm.pretraining_batch(dataset, tiny_config(), training, range(step, step + 1), step)
+            seen += [stride for stride in (1, 2, 3) for recording in recordings
+                     for start in range(len(recording) - 20 * stride + 1)
+                     if np.array_equal(signal, recording[start:start + 20 * stride:stride])]
+        assert len(seen) == 60 and {*seen} == strides
+        assert strides == {1} or 15 < sum(stride > 1 for stride in seen) < 45
+
+
 def test_losses_are_numpys_on_hidden_tokens_alone():
     (signal, _), (prediction, _), mask = tiny_input(seed=0), tiny_input(seed=1), random_mask(2, 4, 3, 0.5)
     difference = prediction.numpy() - signal.numpy()
