@@ -8,6 +8,7 @@ S = 1 + N * V sequence length.
 """
 
 import contextlib
+import csv
 import datetime
 import io
 import itertools
@@ -781,6 +782,15 @@ def test_regression_scores_are_numpys():
         "R2": 1 - np.mean(error ** 2) / np.var(target), "r": np.corrcoef(prediction, target)[0, 1]})
 
 
+def test_a_target_of_0_and_1_is_also_scored_by_auc_over_all_pairs_and_by_accuracy():
+    prediction, target = np.array([0.1, 0.4, 0.4, 0.8, 0.3]), np.array([0.0, 0.0, 1.0, 1.0, 1.0])
+    pairs = [(yes > no) + 0.5 * (yes == no) for yes in prediction[2:] for no in prediction[:2]]
+    row = brainlm.regression_scores(prediction, target)
+    assert row["AUC"] == pytest.approx(np.mean(pairs)) and row["accuracy"] == pytest.approx(3 / 5)
+    for other in target * 2, target[2:], target + 50:
+        assert "AUC" not in brainlm.regression_scores(prediction[:len(other)], other)
+
+
 def test_gaussian_conditional_mean(tmp_path):
     V, ridge = 5, 0.1
     dataset, recordings = tiny_dataset(tmp_path / "data", V=V)
@@ -1198,6 +1208,48 @@ def test_evaluate_sets_the_model_beside_the_baselines_in_two_processes_as_in_one
     assert all(name in printed for name in (*masked, *forecasting, *networks))
     for title, method in [(title, method) for title, table in tables.items() for method in table]:
         assert of_two[title][method] == pytest.approx(tables[title][method], rel=1e-4, abs=1e-5)
+
+
+def predictions(run):
+    return list(csv.DictReader((run / "predictions.csv").open(newline="")))
+
+
+def write_people(folder, **columns):
+    """A dataset of recordings of one window (12), of two that overlap (20), of three (30), and other columns."""
+    write_dataset(folder, {"R": [numbers(length, seed=length) for length in (12, 20, 30)]} | columns)
+
+
+def test_finetune_and_evaluate_write_the_same_predictions_means_over_each_recordings_windows(data, tmp_path):
+    run, sites = tmp_path / "run", ['a "b", c', "two\nlines", "é"]
+    write_people(tmp_path / "val", Age=[50.0, None, 55.0], Site=sites, row=[7, 8, 9])
+    val = f"--val_dataset_path={tmp_path / 'val'}"
+    assert f"predictions in {run / 'predictions.csv'}" in run_here(words("finetune", data, run, val))
+    written = predictions(run)
+    model, (xyz, _) = load(run), brainlm.read_coordinates(data / "coords")
+    for i, (length, starts) in enumerate([(12, [0]), (20, [0, 8]), (30, [0, 12, 18])]):
+        windows = torch.stack([torch.from_numpy(numbers(length, seed=length)[start:start + T]) for start in starts])
+        assert float(written[i].pop("prediction")) == pytest.approx(model(windows, xyz).mean().item(), rel=1e-5)
+        assert written[i] == {"row": str(i), "Age": ["50.0", "", "55.0"][i], "Site": sites[i]}
+    table, = metrics(run)[-1]["tables"].values()
+    text, picture = (run / "predictions.csv").read_text(), run / "predictions.png"
+    picture.unlink(missing_ok=True)
+    printed = run_here(words("evaluate", data, None, val, f"--model_name_or_path={run}"))
+    assert (run / "predictions.csv").read_text() == text and "1 of 3 recordings have no Age" in printed
+    assert json.loads((run / "evaluation.json").read_text())["tables"] == {"Age, 2 validation recordings": table}
+    assert picture.exists() or "no picture" in printed
+
+
+@pytest.mark.parametrize("columns", [{}, {"Age": [None] * 3}, {"Age": [math.nan] * 3}], ids=["absent", "None", "NaN"])
+def test_evaluate_predicts_where_nobody_knows_the_target(data, uninterrupted, tmp_path, columns):
+    run = shutil.copytree(uninterrupted["finetune"], tmp_path / "run")
+    write_people(tmp_path / "val", **columns)
+    line = words("evaluate", data, None, f"--val_dataset_path={tmp_path / 'val'}", f"--model_name_or_path={run}")
+    printed = run_here(line)
+    assert "3 of 3 recordings have no Age" in printed and "|" not in printed
+    assert [float(row["prediction"]) > 40 for row in predictions(run)] == [True] * 3
+    (run / "args.json").unlink()
+    assert_refused(line, "args.json ... --variable_of_interest_col_name")
+    assert "no Score" in run_here([*line, "--variable_of_interest_col_name=Score"])
 
 
 @pytest.mark.parametrize("V, recording", [(1, numbers(20, 1)), (V, np.zeros((20, V), np.float32))],
