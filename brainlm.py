@@ -754,6 +754,14 @@ def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples
     return RecordingDataset(path, recording_col, max_samples)
 
 
+def recording(dataset, row):
+    """dataset[row]: the whole recording, float32 [T, V]. Iterating ends at the IndexError of the row after the last."""
+    return torch.from_numpy(dataset.window(row).astype(np.float32))
+
+
+RecordingDataset.__getitem__ = recording
+
+
 def open_target(dataset, column, num_values):
     """The rows that have a target, int64, and the targets of all rows, float64 with NaN. BadInput where there are fewer
     than num_values different ones (0: the column may be absent)."""
@@ -885,9 +893,10 @@ BrainLM.from_pretrained = BrainLMRegressor.from_pretrained = classmethod(from_pr
 # already; importing brainlm alone never imports it.
 if sys.modules.get("transformers"):
     from transformers import PretrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput
 
     class BrainLMForPreTrainingConfig(PretrainedConfig):
-        model_type = "brainlm"
+        model_type, keys_to_ignore_at_inference = "brainlm", ["hidden_states"]
 
         def __init__(self, **settings):
             ours = {option.name: settings[option.name] for option in fields(BrainLMConfig) if option.name in settings}
@@ -898,21 +907,53 @@ if sys.modules.get("transformers"):
 
     class BrainLMForPreTraining(PreTrainedModel):
         config_class, base_model_prefix, model_class = BrainLMForPreTrainingConfig, "model", BrainLM
+        main_input_name, supports_gradient_checkpointing = "signal", True
 
         def __init__(self, config):
             super().__init__(config)
+            dtype = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float32)      # bfloat16 lacks the matrix inverse of the initial weights
             self.model = self.model_class(BrainLMConfig(**{option.name: getattr(config, option.name)
-                                                           for option in fields(BrainLMConfig)}))
+                                                           for option in fields(BrainLMConfig)})).to(dtype)
+            torch.set_default_dtype(dtype)
             self.post_init()
 
         def _init_weights(self, module):
             """Nothing to add: BrainLM initialises itself."""
 
-        def forward(self, *inputs, **named):
-            return self.model(*inputs, **named)
+        def __getattr__(self, name):
+            if name in ("embed", "forecast", "attention", "similarity"):
+                return getattr(getattr(self.model, "backbone", self.model), name)
+            return super().__getattr__(name)
+
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+            recompute_layers(self)
+
+        def forward(self, signal, xyz, mask=None, labels=None, return_dict=None):
+            """As BrainLM's: xyz [V, 3] is one for the batch, not stacked. labels [B, T, V], the signal itself, add a
+            loss over hidden tokens, by default those of a random mask."""
+            if mask is None and labels is not None:
+                N = signal.shape[1] // self.config.timepoint_patching_size
+                mask = random_mask(len(signal), N, len(xyz), self.config.mask_ratio).to(signal.device)
+            prediction, hidden = self.model(signal, xyz, mask)
+            loss = None if labels is None else reconstruction_loss(prediction, labels, mask, self.config.loss_fn)
+            output = MaskedLMOutput(loss=loss, logits=prediction, hidden_states=(hidden,))
+            return_dict = self.config.return_dict if return_dict is None else return_dict
+            return output if return_dict else output.to_tuple()
 
     class BrainLMForRegression(BrainLMForPreTraining):
         config_class, model_class = BrainLMForRegressionConfig, BrainLMRegressor
+        _keep_in_fp32_modules_strict = ["feature_mean", "feature_std", "target_mean", "target_std"]
+
+        def forward(self, signal, xyz, labels=None, return_dict=None):
+            """As BrainLMRegressor's: xyz [V, 3] is one for the batch. labels [B], the target, add a loss."""
+            prediction = self.model(signal, xyz)                                     # [B]
+            loss = None
+            if labels is not None:
+                loss = ((prediction - labels.flatten()) / self.model.target_std).square().mean()
+            output = SequenceClassifierOutput(loss=loss, logits=prediction)
+            return_dict = self.config.return_dict if return_dict is None else return_dict
+            return output if return_dict else output.to_tuple()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ S = 1 + N * V sequence length.
 import contextlib
 import csv
 import datetime
+import importlib.util
 import io
 import itertools
 import json
@@ -114,6 +115,13 @@ def test_windows_are_what_was_written(tmp_path):
     batch = dataset.batch([(1, 4), (0, 10)], num_timepoints=10)
     assert batch.dtype == torch.float32
     assert np.array_equal(batch, np.stack([recordings[1][4:14], recordings[0][10:20]]))
+
+
+def test_a_dataset_gives_whole_recordings_in_order(tmp_path):
+    dataset, recordings = tiny_dataset(tmp_path / "data")
+    assert len(dataset) == len(list(dataset)) == 3
+    for given, row, recording in zip(dataset, range(3), recordings):
+        assert given.dtype == torch.float32 and np.array_equal(given, recording) and torch.equal(given, dataset[row])
 
 
 def test_a_window_past_the_end_is_refused_and_never_the_next_persons(tmp_path):
@@ -722,13 +730,54 @@ def test_a_run_folder_goes_to_the_hub_and_back_bit_for_bit(uninterrupted, tmp_pa
     auto = pytest.importorskip("transformers").AutoModelForPreTraining
     inputs, ours = tiny_input(B=2, T=T, V=V), load(uninterrupted[command])
     theirs = auto.from_pretrained(uninterrupted[command], trust_remote_code=True)
-    assert not theirs.training and same_outputs(theirs, ours, *inputs)
+    assert not theirs.training and same_outputs(theirs.model, ours, *inputs)
     theirs.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} >= {"model.safetensors", "brainlm.py"}
-    assert same_outputs(auto.from_pretrained(tmp_path, trust_remote_code=True), ours, *inputs)
+    assert same_outputs(auto.from_pretrained(tmp_path, trust_remote_code=True).model, ours, *inputs)
     again, backbone = type(ours).from_pretrained(tmp_path), BrainLM.from_pretrained(tmp_path)
     assert again.config == ours.config and same_outputs(again, ours, *inputs)
     assert same_outputs(backbone, getattr(ours, "backbone", ours), *inputs)
+
+
+@pytest.fixture
+def hub(uninterrupted):
+    """Function (command, **options) -> a run's model as transformers loads it."""
+    auto = pytest.importorskip("transformers").AutoModelForPreTraining
+    return lambda command, **options: auto.from_pretrained(uninterrupted[command], trust_remote_code=True, **options)
+
+
+def test_a_pretrained_model_of_the_hub_gives_its_loss_on_hidden_tokens(hub, uninterrupted):
+    theirs, ours, (signal, xyz) = hub("pretrain"), load(uninterrupted["pretrain"]), tiny_input(T=T, V=V)
+    torch.manual_seed(1)
+    mask = random_mask(2, T // 4, V, ours.config.mask_ratio)
+    torch.manual_seed(1)
+    output, prediction = theirs(signal, xyz, labels=signal), ours(signal, xyz, mask)[0]
+    assert torch.equal(output.logits, prediction) and theirs(signal, xyz).loss is None
+    assert output.loss == reconstruction_loss(prediction, signal, mask, ours.config.loss_fn)
+    given = theirs(signal, xyz, mask=mask, labels=signal, return_dict=False)
+    assert isinstance(given, tuple) and all(map(torch.equal, given[:2], (output.loss, prediction)))
+
+
+def test_a_finetuned_model_of_the_hub_gives_its_standardised_loss(hub, uninterrupted):
+    theirs, ours, inputs = hub("finetune"), load(uninterrupted["finetune"]), tiny_input(T=T, V=V)
+    age = torch.tensor([50.0, 60.0])
+    expected = brainlm.regression_loss(ours, *inputs, age, ours.target_std)
+    assert theirs(*inputs, labels=age[:, None]).loss == expected    # [B, 1], as some collators stack it
+    assert torch.equal(theirs(*inputs, return_dict=False)[0], ours(*inputs))
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_a_model_of_the_hub_has_the_methods_recomputes_layers_and_runs_in_bfloat16(hub, command):
+    model, (signal, xyz) = hub(command), tiny_input(T=T, V=V)
+    backbone = getattr(model.model, "backbone", model.model)
+    assert torch.equal(model.forecast(signal, xyz, 4), backbone.forecast(signal, xyz, 4))
+    assert [model.embed, model.attention, model.similarity] == [backbone.embed, backbone.attention, backbone.similarity]
+    expected = model(signal, xyz).logits
+    model.gradient_checkpointing_enable()
+    assert "forward" in vars(backbone.layers[0]) and torch.equal(model(signal, xyz).logits, expected)
+    half = hub(command, dtype=torch.bfloat16)
+    assert next(half.parameters()).dtype == torch.bfloat16
+    assert (half(signal, xyz).logits - expected).norm() < 0.02 * expected.norm()
 
 
 def test_a_name_that_the_hub_does_not_give_is_refused_in_one_line(data, tmp_path):
@@ -1478,6 +1527,31 @@ def test_every_python_block_of_the_readme_runs_in_order(tmp_path, monkeypatch):
     for block in README_BLOCKS:
         exec(block, names)
     assert names["forecast"].shape == (1, 40, 20) and Path("my_data/train/state.json").exists()
+
+
+def test_the_readmes_collator_feeds_trainer_and_its_recipe_tensorboard(data, uninterrupted, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    trainer, board = re.findall(r"```py\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(uninterrupted["pretrain"], "runs/pretrain")
+    names = {**vars(brainlm), "dataset": RecordingDataset(data / "train", "R"), "xyz": torch.randn(V, 3)}
+    trainer = trainer.replace("200", str(T))
+    if importlib.util.find_spec("accelerate"):
+        exec(trainer, names)
+        moved = [p.grad is not None or not torch.equal(p, q) for p, q in
+                 zip(names["hub_model"].model.parameters(), load(Path("runs/pretrain")).parameters())]
+        assert sum(moved) > 10
+    else:                                               # what Trainer would do
+        exec(trainer.split("trainer = ")[0], names)
+        names["hub_model"](**names["collate"]([names["dataset"][i] for i in (0, 3)])).loss.backward()
+    curves, module = [], types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = lambda folder: contextlib.nullcontext(types.SimpleNamespace(
+        add_scalar=lambda name, value, step: curves.append((step, name, value))))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(board, names)
+    expected = {(line["step"], name, line[name]) for line in metrics(Path("runs/pretrain")) for name in
+                ("loss", "learning_rate", "masked_R2", "forecast_R2") if name in line}
+    assert set(curves) == expected
 
 
 def test_the_readme_links_to_the_lines_of_its_functions():
