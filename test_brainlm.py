@@ -1523,6 +1523,7 @@ def test_every_python_block_of_the_readme_runs_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_sample_data("sample_data", num_train=1, num_val=1, num_parcels=20, num_timepoints=220)
     BrainLM(BrainLMConfig(hidden_size=32)).save_pretrained("runs/pretrain")
+    BrainLMRegressor(BrainLMConfig(hidden_size=32)).save_pretrained("runs/finetune")
     names = {}
     for block in README_BLOCKS:
         exec(block, names)
