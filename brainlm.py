@@ -4,10 +4,8 @@ A recording is a matrix of BOLD signals, (timepoints, parcels), e.g. 200 x 424. 
 three quarters of it and learns to fill them in; what it learns on the way predicts age or clinical
 scores. After Ortega Caro et al., BrainLM, ICLR 2024: https://openreview.net/forum?id=RwI7ZEfR27
 
-Part I is the lesson, in the order of the data: 1 configuration, 2 data, 3 tokens, 4 attention,
-5 model, 6 masking and loss, 7 head, 8 training, 9 the start. It runs alone in a notebook cell.
-Part II is the program around it: 10 broken input, 11 checkpoints, 12 evaluation, 13 devices,
-14 the run folder, 15 commands.
+Part I is the lesson, in the order of the data, sections 1 to 9. It runs alone in a notebook cell.
+Part II is the program around it, sections 10 to 15.
 
 Shapes: B batch, T timepoints, V parcels, P patch length, N = T / P temporal tokens, H hidden size,
 D = H / heads, S = 1 + N * V sequence length. "Temporal token n": the n-th patch of all parcels.
@@ -69,6 +67,7 @@ class TrainingConfig:
     weight_decay: float = 0.1                 # of matrices alone
     warmup_ratio: float = 0.05                # share of the steps in which the rate rises
     forward_mask_prob: float = 0.3            # share of the steps that learn to forecast
+    stride_prob: float = 0.0                  # share of the steps with every 2nd or 3rd timepoint
     seed: int = 0
 
 
@@ -385,10 +384,13 @@ def reconstruction_loss(prediction, signal, mask, loss_fn="mse"):
 
 def pretraining_batch(dataset, config, training, samples, step):
     """What a step learns from: signal [B, T, V] and mask bool [B, N, V] of the samples with these
-    numbers. The kind of mask is one for the step, in all its batches."""
+    numbers. Sampling rate and kind of mask are one for the step, in all its batches."""
     T, V = config.num_timepoints_per_voxel, dataset.num_parcels
     N, B, seed = T // config.timepoint_patching_size, len(samples), training.seed
-    windows = [dataset.training_window(n, range(len(dataset)), T, seed) for n in samples]
+    stride, random = 1, generator(seed, "stride", step)
+    if torch.rand((), generator=random) < training.stride_prob:     # as if scanned more slowly
+        stride = min(int(torch.randint(2, 4, (), generator=random)), dataset.lengths.min() // T)
+    windows = [dataset.training_window(n, range(len(dataset)), stride * T, seed) for n in samples]
     random = generator(seed, "kind of mask", step)
     if torch.rand((), generator=random) < training.forward_mask_prob:
         # Earlier patches are hidden as well, some of them: so a window holds several forecasts.
@@ -396,7 +398,7 @@ def pretraining_batch(dataset, config, training, samples, step):
     else:
         mask = torch.cat([random_mask(1, N, V, config.mask_ratio, generator(seed, "random mask", n))
                           for n in samples])
-    return dataset.batch(windows, T), mask
+    return dataset.batch(windows, stride * T)[:, ::stride], mask
 
 
 def pretraining_loss(model, signal, xyz, mask, loss_fn="mse"):
@@ -480,9 +482,8 @@ def train(model, optimizers, batch_loss, training, num_steps, first_step=0, samp
     """Train the model in place: `for step, loss in train(...)`, from first_step to num_steps.
 
     It yields between gradient and update: `step` updates are done, and these weights are fit to
-    save or validate, since the next batch's loss and gradient are finite; BadInput where they are
-    not. The last update follows the last yield. batch_loss(model, samples, step) -> scalar loss of
-    the samples with these numbers, on from `sample`; every process takes its share of a step's.
+    save or validate, since the next batch's loss and gradient are finite; else BadInput.
+    batch_loss(model, samples, step) -> scalar loss of the samples with these numbers.
     """
     B, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     for step in range(first_step, num_steps):
@@ -539,9 +540,8 @@ def initial_weights(model):
     nn.init.normal_(model.mask_token, std=0.3)
     nn.init.normal_(model.cls_token, std=0.02)
 
-    # 2. The patch projection keeps lengths (its P columns are orthonormal) and model.head inverts
-    #    it: signal that enters a token leaves it as signal, up to the scale of the last LayerNorm.
-    #    No other term may lie along these directions: the head would print it as signal. So QR
+    # 2. The patch projection keeps lengths (its P columns are orthonormal), and model.head inverts
+    #    it. No other term may lie along these directions: the head would print it as signal. So QR
     #    turns the P columns away from ones (LayerNorm removes the mean over H) and the sinusoid;
     #    where and [MASK] lose their part along them.
     taken = torch.cat([torch.ones(1, H), temporal_encoding(N, H)]).T             # [H, 1 + N]
@@ -602,9 +602,11 @@ def initial_weights(model):
 # ==================================================================================================
 
 import argparse
+import csv
 import datetime
 import functools
 import importlib
+import io
 import os
 import sys
 import textwrap
@@ -698,7 +700,7 @@ def is_list(kind):
 def open_numbers(table, name, path):
     """A column of scalars as float64 [rows]; a missing value (None) becomes NaN. BadInput if it is not numeric."""
     column = open_column(table, name, path)
-    if not (is_number(column.type) or pa.types.is_boolean(column.type)):
+    if not (is_number(column.type) or pa.types.is_boolean(column.type) or pa.types.is_null(column.type)):
         raise BadInput(f"{path}: column {name!r} is not numeric but {column.type}")
     return np.array(column.to_pylist(), dtype=np.float64)
 
@@ -734,7 +736,7 @@ def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples
         if timepoints.null_count:
             refuse(f"row {row}, timepoint {timepoints.is_null().index(True)} is missing")
         widths = pc.list_value_length(timepoints).to_numpy()
-        num_parcels = num_parcels or max(widths, default=0)
+        num_parcels = num_parcels or max(1, max(widths, default=0))
         if (widths != num_parcels).any():
             t = np.argmax(widths != num_parcels)
             refuse(f"row {row}, timepoint {t} has {widths[t]} parcels, expected {num_parcels}: is it ragged, "
@@ -756,18 +758,22 @@ def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples
 RecordingDataset.__getitem__ = lambda self, row: torch.from_numpy(self.window(row).astype(np.float32))
 
 
-def open_target(dataset, column):
-    """The rows that have a target, int64, and the targets of all rows, float64 with NaN."""
-    target = open_numbers(dataset.table, column, dataset.path)
+def open_target(dataset, column, num_values):
+    """The rows that have a target, int64, and the targets of all rows, float64 with NaN. BadInput where there are fewer
+    than num_values different ones (0: the column may be absent)."""
+    target = np.full(len(dataset), np.nan)
+    if num_values or column in dataset.table.column_names:
+        target = open_numbers(dataset.table, column, dataset.path)
     huge = np.flatnonzero(np.abs(target) >= LARGEST)
     if len(huge):
         raise BadInput(f"{dataset.path}: column {column!r} is {target[huge[0]]} in row {huge[0]}")
     rows = np.flatnonzero(~np.isnan(target))
-    if not len(rows):
-        raise BadInput(f"{dataset.path}: column {column!r} is missing in every row")
+    values = np.unique(target[rows])
+    if len(values) < num_values:
+        raise BadInput(f"{dataset.path}: column {column!r} is {values[0] if len(values) else 'missing'} in every row")
     if len(rows) < len(target):
-        print_once(f"{dataset.path}: {len(target) - len(rows)} of {len(target)} recordings have no {column} and are "
-                   "left out")
+        print_once(f"{dataset.path}: {len(target) - len(rows)} of {len(target)} recordings have no {column}: neither "
+                   "learned from nor scored")
     return rows, target
 
 
@@ -1153,13 +1159,32 @@ def correlation(signal):
         return np.nan_to_num(np.atleast_2d(np.corrcoef(signal, rowvar=False)))
 
 
+@torch.no_grad()
+def predict_recordings(model, xyz, dataset, rows, dtype, batch_size):
+    """A BrainLMRegressor's predictions, float64 numpy [rows]: each the mean over the recording's fixed windows."""
+    model.eval()
+    T, predictions = model.config.num_timepoints_per_voxel, torch.zeros(len(rows), dtype=torch.float64)
+    for i in range(RANK, len(rows), WORLD_SIZE):
+        windows = fixed_windows(dataset, rows[i:i + 1], T, spacing=T)
+        batches = (dataset.batch(windows[j:j + batch_size], T) for j in range(0, len(windows), batch_size))
+        with autocast(xyz.device, dtype):
+            of_windows = torch.cat([model(signal.to(xyz.device), xyz).cpu() for signal in batches])
+        predictions[i] = of_windows.double().mean()
+    return sum_over_processes(predictions).numpy()
+
+
 def regression_scores(prediction, target):
-    """MAE and MSE in the target's units, R2 (never clipped) and Pearson r, of two numpy vectors."""
+    """MAE, MSE, R2 (never clipped) and Pearson r of two numpy vectors; of a target of 0 and 1 also AUC and accuracy."""
     error = prediction - target
     with np.errstate(invalid="ignore", divide="ignore"):
-        return {"MAE": float(np.abs(error).mean()), "MSE": float(np.square(error).mean()),
-                "R2": float(1 - np.square(error).sum() / np.square(target - target.mean()).sum()),
-                "r": float(np.corrcoef(prediction, target)[0, 1])}
+        row = {"MAE": float(np.abs(error).mean()), "MSE": float(np.square(error).mean()),
+               "R2": float(1 - np.square(error).sum() / np.square(target - target.mean()).sum()),
+               "r": float(np.corrcoef(prediction, target)[0, 1])}
+    if set(target) == {0, 1}:
+        no, yes = np.sort(prediction[target == 0]), prediction[target == 1]
+        rank = (np.searchsorted(no, yes, "left") + np.searchsorted(no, yes, "right")) / 2       # among no: ties half
+        row |= {"AUC": float(rank.mean() / len(no)), "accuracy": float(((prediction > 0.5) == target).mean())}
+    return row
 
 
 def connectivity_ridge(train_set, train_rows, train_target, val_set, val_rows, projections):
@@ -1173,12 +1198,12 @@ def connectivity_ridge(train_set, train_rows, train_target, val_set, val_rows, p
         center = train.mean(axis=0)
         train = train - center
         values, vectors = np.linalg.eigh(train @ train.T)      # dual form: many more connections than recordings
-        values, vectors = values[1:], vectors[:, 1:]           # the first, 0, is the mean, which centring took out
         for ridge in np.logspace(-3, 3, 25) * max(values.mean(), 1e-12):
             inverse = vectors / (values + ridge) @ vectors.T
             weights = inverse @ (train_target - mean)
-            error = np.square(weights / np.diag(inverse)).mean()       # of each recording, predicted from the others
-            fits.append((error, projection, center, train.T @ weights))
+            # The error of each recording, predicted from the others; their mean is one more thing that they tell.
+            errors = weights / (np.diag(inverse) - 1 / (ridge * len(train)))
+            fits.append((np.square(errors).mean(), projection, center, train.T @ weights))
     _, projection, center, slope = min(fits, key=lambda fit: fit[0])
     val = np.stack([correlation(val_set.window(row) @ projection)[upper] for row in val_rows])
     return mean + (val - center) @ slope
@@ -1195,6 +1220,36 @@ def coskewness_projections(dataset, rows):
         squared += signal.T @ np.square(signal @ signal.T) @ signal / len(signal) ** 2
     directions = np.linalg.eigh(squared)[1][:, ::-1]    # the leading one first
     return [directions[:, :k] @ directions[:, :k].T for k in (10, 20, 50, 100) if k <= max(V, 10)]
+
+
+def evaluate_regression(model, xyz, dtype, train, val, column, batch_size, folder):
+    """The table of a BrainLMRegressor and its opponents, {title: {method: {score: value}}}, {} where val has no target;
+    and predictions.csv in the folder. train, val: (dataset, rows that have a target, targets of all rows)."""
+    (train_set, train_rows, train_target), (val_set, rows, target) = train, val
+    prediction = predict_recordings(model, xyz, val_set, range(len(val_set)), dtype, batch_size)
+    write_predictions(folder / "predictions.csv", val_set, prediction)
+    if not len(rows):
+        return {}
+    draw(folder / "predictions.png", plot_predictions, column, prediction[rows], target[rows])
+    methods = {"BrainLM": prediction[rows], "training mean": np.full(len(rows), train_target[train_rows].mean())}
+    for name, projections in (("ridge on functional connectivity", [np.eye(len(xyz))]),
+                              ("the same in the co-skewness subspace", coskewness_projections(train_set, train_rows))):
+        methods[name] = connectivity_ridge(train_set, train_rows, train_target[train_rows], val_set, rows, projections)
+    return {f"{column}, {len(rows)} validation recordings":
+            {name: regression_scores(values, target[rows]) for name, values in methods.items()}}
+
+
+def write_predictions(path, dataset, prediction):
+    """A csv file with a line for each recording: its row, what scalars the dataset has, the prediction."""
+    kinds = [field.type for field in dataset.table.schema]
+    scalars = [i for i, kind in enumerate(kinds) if pa.types.is_primitive(kind) or kind in (pa.string(), pa.null())]
+    ours = {"row": range(len(dataset)), "prediction": prediction.tolist()}
+    columns = {"row": None} | dataset.table.select(scalars).to_pydict() | ours
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *zip(*columns.values())])
+    if RANK == 0:
+        write_atomically(path, text.getvalue())
+        print_once(f"predictions in {path}")
 
 
 def markdown(tables):
@@ -1227,11 +1282,9 @@ def attention_weights(model, signal, xyz, layer):
 @torch.no_grad()
 def parcel_similarity(model, signal, xyz):
     """How alike a BrainLM finds what parcels do: signal [B, T, V] -> float32 [B, V, V], correlations of their hidden
-    states along time. Each state counts as it differs from the parcel's mean state, which tells where it lies, and from
-    the mean over all parcels at that time."""
+    states along time. Each state counts as it differs from the parcel's mean state, which tells where it lies."""
     states = model(signal, xyz)[1][:, 1:].float().unflatten(1, (-1, signal.shape[2]))        # [B, N, V, H]
     states = states - states.mean(dim=1, keepdim=True)
-    states = states - states.mean(dim=2, keepdim=True)
     states = F.normalize(states.transpose(1, 2).flatten(2), dim=2)                           # [B, V, N * H]
     return states @ states.mT
 
@@ -1240,13 +1293,25 @@ BrainLM.attention = attention_weights
 BrainLM.similarity = parcel_similarity
 
 
-def plot_evaluation(path, model, xyz, dataset, windows, tables):
-    """A picture of what the tables say, for one window of the dataset; needs matplotlib."""
-    import_optional("matplotlib").use("Agg")
-    plt, config = import_optional("matplotlib.pyplot"), model.config
+def draw(path, plot, *what):
+    """Save the picture that plot(figure, *what) makes, where matplotlib is installed."""
+    try:
+        figure = import_optional("matplotlib.figure").Figure(layout="constrained", dpi=110)
+        plot(figure, *what)
+        if RANK == 0:
+            figure.savefig(path)
+            print_once(f"picture in {path}")
+    except BadInput as error:
+        print_once(f"no picture: {error}")
+
+
+def plot_evaluation(figure, model, xyz, dataset, windows, tables):
+    """A picture of what the tables say, for one window of the dataset."""
+    config = model.config
     T, P, V = config.num_timepoints_per_voxel, config.timepoint_patching_size, dataset.num_parcels
     signal, predict = dataset.batch(windows[:1], T), model_predictor(model, xyz)
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.5), width_ratios=[2, 1, 1], layout="constrained")
+    figure.set_size_inches(16, 4.5)
+    left, middle, right = figure.subplots(1, 3, width_ratios=[2, 1, 1])
     hidden = random_mask(1, T // P, V, config.mask_ratio, torch.Generator().manual_seed(0))
     for axis, mask, first, title in ((left, hidden, 0, "hidden patches, reconstructed"),
                                      (middle, forward_mask(1, T // P, V), max(0, T - 3 * P), "forecast")):
@@ -1266,8 +1331,14 @@ def plot_evaluation(path, model, xyz, dataset, windows, tables):
     right.axhline(0, color="0.8", zorder=0)
     if right.lines[1:]:
         right.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+
+
+def plot_predictions(figure, column, prediction, target):
+    """Predictions against the truth, and the line on which both are equal."""
+    axis = figure.subplots()
+    axis.scatter(target, prediction, color="C3")
+    axis.axline((target.mean(), target.mean()), slope=1, color="0.6", zorder=0)
+    axis.set(xlabel="truth", ylabel="prediction", title=column.replace("$", r"\$"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1458,7 +1529,7 @@ class RunFolder:
             if present and "training_state.pt" not in present:
                 raise BadInput(f"{self.path} holds {present[0]}, and not of a run: choose another --output_dir")
             if args.overwrite_output_dir:               # what tells of the old model; the first save replaces the rest
-                for name in ("README.md", "evaluation.json", "evaluation.png"):
+                for name in ("README.md", "evaluation.json", "evaluation.png", "predictions.csv", "predictions.png"):
                     (self.path / name).unlink(missing_ok=True)
             elif present:
                 state = self.read_state(config)
@@ -1684,10 +1755,8 @@ def finetune(args):
     backbone = BrainLM.from_pretrained(args.model_name_or_path)
     config, T, device = backbone.config, backbone.config.num_timepoints_per_voxel, prepare_device(args.device)
     xyz, _, train_set, val_set = open_data(args, T, device)
-    (rows, target), (val_rows, val_target) = open_target(train_set, column), open_target(val_set, column)
-    mean, std = target[rows].mean(), target[rows].std()
-    if np.ptp(target[rows]) == 0:
-        raise BadInput(f"{train_set.path}: column {column!r} is {mean} in every row: there is nothing to learn")
+    (rows, target), (val_rows, val_target) = open_target(train_set, column, 2), open_target(val_set, column, 1)
+    mean, std, size = target[rows].mean(), target[rows].std(), args.per_device_eval_batch_size
     folder = RunFolder(args, config)
     dtype = pick_dtype(args.dtype, device, folder.state)
     torch.manual_seed(args.seed)
@@ -1704,19 +1773,6 @@ def finetune(args):
         with autocast(device, dtype):
             return regression_loss(model, train_set.batch(windows, T).to(device), xyz, truth, std)
 
-    @torch.no_grad()
-    def predict():
-        """Predictions for val_rows: each the mean over the recording's fixed windows."""
-        model.eval()
-        predictions, size = torch.zeros(len(val_rows), dtype=torch.float64), args.per_device_eval_batch_size
-        for i in range(RANK, len(val_rows), WORLD_SIZE):
-            windows = fixed_windows(val_set, val_rows[i:i + 1], T, spacing=T)
-            batches = (val_set.batch(windows[j:j + size], T) for j in range(0, len(windows), size))
-            with autocast(device, dtype):
-                of_windows = torch.cat([model(signal.to(device), xyz).cpu() for signal in batches])
-            predictions[i] = of_windows.double().mean()
-        return sum_over_processes(predictions).numpy()
-
     model.eval()                                        # features as they are used, without dropout
     if folder.state is None:
         with torch.no_grad(), autocast(device, dtype):
@@ -1725,41 +1781,47 @@ def finetune(args):
         model.feature_mean.copy_(features.mean(dim=0))
         model.feature_std.copy_(features.std(dim=0).nan_to_num(1.0).clamp(min=1e-6))
     num_steps = run_training(args, training, model, folder, xyz, dtype, len(rows), batch_loss,
-                             lambda: regression_scores(predict(), val_target[val_rows]))
-    methods = {"BrainLM": predict(), "training mean": np.full(len(val_rows), mean), "ridge on functional connectivity":
-               connectivity_ridge(train_set, rows, target[rows], val_set, val_rows, [np.eye(len(xyz))]),
-               "the same in the co-skewness subspace": connectivity_ridge(
-                   train_set, rows, target[rows], val_set, val_rows, coskewness_projections(train_set, rows))}
-    table = {name: regression_scores(prediction, val_target[val_rows]) for name, prediction in methods.items()}
-    report(folder, model, num_steps, {f"{column}, {len(val_rows)} validation recordings": table}, train_set)
+                             lambda: regression_scores(predict_recordings(model, xyz, val_set, val_rows, dtype, size),
+                                                       val_target[val_rows]))
+    train, val = (train_set, rows, target), (val_set, val_rows, val_target)
+    tables = evaluate_regression(model, xyz, dtype, train, val, column, size, folder.path)
+    report(folder, model, num_steps, tables, train_set)
 
 
 def evaluate(args):
     """What the paper's tables print, for a checkpoint and any dataset, each number beside its baselines."""
-    model = BrainLM.from_pretrained(args.model_name_or_path)
+    source = folder = Path(args.model_name_or_path)
+    if not folder.is_dir():                             # a model of the Hub
+        source, folder = download_from_hub(args.model_name_or_path), Path("runs", folder.name)
+        folder.mkdir(parents=True, exist_ok=True)
+    regressor = b"BrainLMForRegression" in (source / "config.json").read_bytes()
+    model = (BrainLMRegressor if regressor else BrainLM).from_pretrained(source)
+    column, size = args.variable_of_interest_col_name, args.per_device_eval_batch_size
+    if regressor and not column:
+        try:
+            column = json.loads((source / "args.json").read_text())["variable_of_interest_col_name"]
+        except (OSError, ValueError, KeyError):
+            raise BadInput(f"{source / 'args.json'} does not say which column the model predicts: name it with "
+                           "--variable_of_interest_col_name") from None
     T, device = model.config.num_timepoints_per_voxel, prepare_device(args.device)
     xyz, networks, train_set, val_set = open_data(args, T, device)
     dtype = pick_dtype(args.dtype, device)
     model.to(device)
-    windows = fixed_windows(val_set, range(len(val_set)), T, spacing=max(T // 4, 1))
-    tables = evaluate_reconstruction(model, xyz, dtype, train_set, val_set, windows, args.per_device_eval_batch_size)
-    if networks and len(xyz) > 1:
-        tables |= evaluate_networks(model, xyz, val_set, windows, networks)
+    if regressor:
+        val = val_set, *open_target(val_set, column, num_values=0)
+        train = train_set, *open_target(train_set, column, num_values=2 if len(val[1]) else 0)
+        tables = evaluate_regression(model, xyz, dtype, train, val, column, size, folder)
+    else:
+        windows = fixed_windows(val_set, range(len(val_set)), T, spacing=max(T // 4, 1))
+        tables = evaluate_reconstruction(model, xyz, dtype, train_set, val_set, windows, size)
+        if networks and len(xyz) > 1:
+            tables |= evaluate_networks(model, xyz, val_set, windows, networks)
+        draw(folder / "evaluation.png", plot_evaluation, model, xyz, val_set, windows, tables)
     print_once(markdown(tables))
-    if RANK > 0:
-        return
-    folder = Path(args.model_name_or_path)
-    if not folder.is_dir():                             # a model of the Hub
-        folder = Path("runs", folder.name)
-        folder.mkdir(parents=True, exist_ok=True)
-    content = {"dataset": args.val_dataset_path, "tables": tables}
-    write_atomically(folder / "evaluation.json", to_json(content, indent=2))
-    print_once(f"\nwritten to {folder / 'evaluation.json'}")
-    try:
-        plot_evaluation(folder / "evaluation.png", model, xyz, val_set, windows, tables)
-        print_once(f"pictures in {folder / 'evaluation.png'}")
-    except BadInput as error:
-        print_once(f"no picture: {error}")
+    if RANK == 0 and tables:
+        content = {"dataset": args.val_dataset_path, "tables": tables}
+        write_atomically(folder / "evaluation.json", to_json(content, indent=2))
+        print_once(f"\nwritten to {folder / 'evaluation.json'}")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1791,6 +1853,7 @@ def command_line():
         flag("--per_device_eval_batch_size", type=int, default=8,
              help="windows that a process takes at once in evaluation")
         if run is evaluate:
+            flag("--variable_of_interest_col_name", help="column to compare with; None: that of the finetuning")
             continue
 
         if run is finetune:
@@ -1811,7 +1874,7 @@ def command_line():
 
         training = command.add_argument_group("training", "what they are: TrainingConfig in brainlm.py")
         for option in fields(TrainingConfig):
-            if run is pretrain or option.name != "forward_mask_prob":
+            if run is pretrain or option.name not in ("forward_mask_prob", "stride_prob"):
                 training.add_argument(f"--{option.name}", type=option.type, default=option.default,
                                       help="(default: %(default)s)")
         if run is finetune:

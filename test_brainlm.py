@@ -8,6 +8,7 @@ S = 1 + N * V sequence length.
 """
 
 import contextlib
+import csv
 import datetime
 import importlib.util
 import io
@@ -297,7 +298,7 @@ def test_any_small_configuration_trains_and_is_causal():
     """The smallest there is, and forty drawn at random."""
     drawn = np.random.default_rng(0).integers(1, [41, 7, 21, 4, 5, 4, 41], (40, 7))
     for V, N, P, B, heads, layers, width in [[1] * 7, *drawn.tolist()]:
-        model = tiny_model(N, P, hidden_size=8 * heads, num_hidden_layers=layers, num_attention_heads=heads,
+        model = tiny_model(N, P, hidden_size=24 * heads, num_hidden_layers=layers, num_attention_heads=heads,
                            intermediate_size=width)
         signal, xyz = tiny_input(B, N * P, V)
         for mask in forward_mask(B, N, V), random_mask(B, N, V, 0.75):
@@ -351,6 +352,19 @@ def test_forward_steps_hide_the_last_temporal_token_and_a_third_of_the_others_to
     assert mask[:, :, -1].all()
     assert torch.equal(mask, mask[:, :1, :, :1].expand_as(mask)), "all parcels, the same in all samples"
     assert 0.25 < mask[:, 0, :-1, 0].float().mean() < 0.42, "a third"
+
+
+def test_slower_steps_see_every_2nd_or_3rd_timepoint_where_recordings_are_long_enough(tmp_path):
+    for lengths, strides in ((70, 60), {1, 2, 3}), ((70, 50), {1, 2}), ((70, 25), {1}):
+        dataset, recordings = tiny_dataset(tmp_path / "data", lengths)
+        training, seen = TrainingConfig(stride_prob=0.5), []
+        for step in range(60):
+            (signal,), _ = brainlm.pretraining_batch(dataset, tiny_config(), training, range(step, step + 1), step)
+            seen += [stride for stride in (1, 2, 3) for recording in recordings
+                     for start in range(len(recording) - 20 * stride + 1)
+                     if np.array_equal(signal, recording[start:start + 20 * stride:stride])]
+        assert len(seen) == 60 and {*seen} == strides
+        assert strides == {1} or 15 < sum(stride > 1 for stride in seen) < 45
 
 
 def test_losses_are_numpys_on_hidden_tokens_alone():
@@ -812,6 +826,15 @@ def test_regression_scores_are_numpys():
         "R2": 1 - np.mean(error ** 2) / np.var(target), "r": np.corrcoef(prediction, target)[0, 1]})
 
 
+def test_a_target_of_0_and_1_is_also_scored_by_auc_over_all_pairs_and_by_accuracy():
+    prediction, target = np.array([0.1, 0.4, 0.4, 0.8, 0.3]), np.array([0.0, 0.0, 1.0, 1.0, 1.0])
+    pairs = [(yes > no) + 0.5 * (yes == no) for yes in prediction[2:] for no in prediction[:2]]
+    row = brainlm.regression_scores(prediction, target)
+    assert row["AUC"] == pytest.approx(np.mean(pairs)) and row["accuracy"] == pytest.approx(3 / 5)
+    for other in target * 2, target[2:], target + 50:
+        assert "AUC" not in brainlm.regression_scores(prediction[:len(other)], other)
+
+
 def test_gaussian_conditional_mean(tmp_path):
     V, ridge = 5, 0.1
     dataset, recordings = tiny_dataset(tmp_path / "data", V=V)
@@ -898,9 +921,15 @@ def test_connectivity_ridge_finds_a_target_that_is_written_in_the_connectivity(t
         assert brainlm.regression_scores(prediction, val_target)["R2"] > 0.9
     blind = np.diag([0.0, 0.0, 1.0, 1.0, 1.0, 1.0])     # to what the target is made of: leave-one-out sees that
     assert np.array_equal(prediction, brainlm.connectivity_ridge(*data, [blind, *projections, blind]))
-    noise = brainlm.connectivity_ridge(train_set, np.arange(40), rng.normal(60, 5, 40), val_set, np.arange(20),
-                                       [np.eye(6)])
-    assert noise.std() < 1.5 and abs(noise.mean() - 60) < 2, "nothing to find: near the training mean"
+
+
+def test_connectivity_ridge_finds_nothing_where_there_is_nothing(tmp_path):
+    """With more connections than recordings any target can be fitted: leave-one-out must choose a large penalty."""
+    rng = np.random.default_rng(0)
+    dataset, _ = tiny_dataset(tmp_path / "data", lengths=[50] * 60, V=12)
+    target = rng.normal(60, 5, 60)
+    prediction = brainlm.connectivity_ridge(dataset, np.arange(40), target[:40], dataset, np.arange(40, 60), [np.eye(12)])
+    assert prediction.std() < 2 and abs(prediction.mean() - 60) < 2, "near the training mean"
 
 
 def test_the_coskewness_subspace_is_that_of_the_unfolded_tensor(tmp_path):
@@ -934,8 +963,7 @@ def test_attention_weights_sum_to_one_respect_the_mask_and_are_those_of_training
 def test_similar_parcels_are_those_whose_states_go_together():
     model, (signal, xyz) = tiny_model(), tiny_input(V=3)
     states = model(signal, xyz)[1][0, 1:].detach().numpy().reshape(4, 3, 16)         # [N, V, H]
-    states = states - states.mean(axis=0)
-    states = (states - states.mean(axis=1, keepdims=True)).transpose(1, 0, 2).reshape(3, 64)
+    states = (states - states.mean(axis=0)).transpose(1, 0, 2).reshape(3, 64)
     lengths = np.linalg.norm(states, axis=1)
     expected = states @ states.T / np.outer(lengths, lengths)
     np.testing.assert_allclose(model.similarity(signal, xyz)[0], expected, rtol=1e-4, atol=1e-5)
@@ -1046,7 +1074,7 @@ def test_torchrun_makes_the_sample_data_once_prints_once_and_ends_at_ctrl_c(tmp_
         shutil.copy(REPOSITORY / name, tmp_path)
     (tmp_path / "sample_data").mkdir()                  # as an interrupted creation leaves it
     line = ("-m torch.distributed.run --standalone --nproc_per_node=2 brainlm.py pretrain --device cpu "
-            "--timepoint_patching_size 100 --hidden_size 8 --num_hidden_layers 1 --logging_steps 1")
+            "--timepoint_patching_size 100 --hidden_size 100 --num_hidden_layers 1 --logging_steps 1")
     torchrun = subprocess.Popen([sys.executable, *line.split()], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE)
     printed = list(itertools.takewhile(lambda line: not line.startswith("step "), torchrun.stdout))
@@ -1106,7 +1134,7 @@ def test_a_second_process_on_the_same_folder_is_refused(data, tmp_path, monkeypa
     refused = []
     monkeypatch.setattr(brainlm.RunFolder, "log", log)
     run_here(words("pretrain", data, tmp_path, "--max_steps", 1))
-    assert len(refused) == 1
+    assert len(refused) == 2, "in the midst of training, and with the tables"
 
 
 @pytest.mark.parametrize("line, told", [
@@ -1160,7 +1188,7 @@ def test_the_loss_that_is_logged_is_the_mean_since_the_last_line(data, uninterru
 @LOUD
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(data, tmp_path, command):
-    more = ["--warmup_ratio=0", "--save_steps=1", "--learning_rate=1e30"]
+    more = ["--warmup_ratio=0", "--save_steps=1", "--learning_rate=1e18"]
     assert_refused(words(command, data, tmp_path, *more), "step ... loss")
     model = load(tmp_path)
     output = model(*tiny_input(T=T, V=V))[0]
@@ -1216,7 +1244,8 @@ def test_finetune_takes_another_atlas_than_pretraining_and_leaves_out_rows_witho
     given = f"--model_name_or_path={data / 'pretrained'}"
     printed = run_here(words("finetune", tmp_path, tmp_path / "run", given))
     table, = metrics(tmp_path / "run")[-1]["tables"].values()
-    assert set(table) == {"BrainLM", "training mean", "ridge on functional connectivity"}
+    assert set(table) == {"BrainLM", "training mean", "ridge on functional connectivity",
+                          "the same in the co-skewness subspace"}
     assert set(table["BrainLM"]) == {"MAE", "MSE", "R2", "r"}
     assert all(text in printed for text in ("2 of 5 recordings have no Age", *table))
     model = load(tmp_path / "run")
@@ -1230,10 +1259,53 @@ def test_evaluate_sets_the_model_beside_the_baselines_in_two_processes_as_in_one
     assert "BrainLM" in ended(first) and ended(second) == "", "only rank 0 prints"
     tables, of_two = (json.loads((folder / "evaluation.json").read_text())["tables"] for folder in (one, two))
     masked, forecasting, networks = tables.values()
-    assert set(networks) == {"BrainLM embedding", "coordinates", "functional connectivity profile"}
+    assert set(networks) == {"BrainLM similarity", "coordinates", "functional connectivity",
+                             "functional connectivity profile"}
     assert all(name in printed for name in (*masked, *forecasting, *networks))
     for title, method in [(title, method) for title, table in tables.items() for method in table]:
         assert of_two[title][method] == pytest.approx(tables[title][method], rel=1e-4, abs=1e-5)
+
+
+def predictions(run):
+    return list(csv.DictReader((run / "predictions.csv").open(newline="")))
+
+
+def write_people(folder, **columns):
+    """A dataset of recordings of one window (12), of two that overlap (20), of three (30), and other columns."""
+    write_dataset(folder, {"R": [numbers(length, seed=length) for length in (12, 20, 30)]} | columns)
+
+
+def test_finetune_and_evaluate_write_the_same_predictions_means_over_each_recordings_windows(data, tmp_path):
+    run, sites = tmp_path / "run", ['a "b", c', "two\nlines", "é"]
+    write_people(tmp_path / "val", Age=[50.0, None, 55.0], Site=sites, row=[7, 8, 9])
+    val = f"--val_dataset_path={tmp_path / 'val'}"
+    assert f"predictions in {run / 'predictions.csv'}" in run_here(words("finetune", data, run, val))
+    written = predictions(run)
+    model, (xyz, _) = load(run), brainlm.read_coordinates(data / "coords")
+    for i, (length, starts) in enumerate([(12, [0]), (20, [0, 8]), (30, [0, 12, 18])]):
+        windows = torch.stack([torch.from_numpy(numbers(length, seed=length)[start:start + T]) for start in starts])
+        assert float(written[i].pop("prediction")) == pytest.approx(model(windows, xyz).mean().item(), rel=1e-5)
+        assert written[i] == {"row": str(i), "Age": ["50.0", "", "55.0"][i], "Site": sites[i]}
+    table, = metrics(run)[-1]["tables"].values()
+    text, picture = (run / "predictions.csv").read_text(), run / "predictions.png"
+    picture.unlink(missing_ok=True)
+    printed = run_here(words("evaluate", data, None, val, f"--model_name_or_path={run}"))
+    assert (run / "predictions.csv").read_text() == text and "1 of 3 recordings have no Age" in printed
+    assert json.loads((run / "evaluation.json").read_text())["tables"] == {"Age, 2 validation recordings": table}
+    assert picture.exists() or "no picture" in printed
+
+
+@pytest.mark.parametrize("columns", [{}, {"Age": [None] * 3}, {"Age": [math.nan] * 3}], ids=["absent", "None", "NaN"])
+def test_evaluate_predicts_where_nobody_knows_the_target(data, uninterrupted, tmp_path, columns):
+    run = shutil.copytree(uninterrupted["finetune"], tmp_path / "run")
+    write_people(tmp_path / "val", **columns)
+    line = words("evaluate", data, None, f"--val_dataset_path={tmp_path / 'val'}", f"--model_name_or_path={run}")
+    printed = run_here(line)
+    assert "3 of 3 recordings have no Age" in printed and "|" not in printed
+    assert [float(row["prediction"]) > 40 for row in predictions(run)] == [True] * 3
+    (run / "args.json").unlink()
+    assert_refused(line, "args.json ... --variable_of_interest_col_name")
+    assert "no Score" in run_here([*line, "--variable_of_interest_col_name=Score"])
 
 
 @pytest.mark.parametrize("V, recording", [(1, numbers(20, 1)), (V, np.zeros((20, V), np.float32))],
