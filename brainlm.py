@@ -754,6 +754,7 @@ def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples
     return RecordingDataset(path, recording_col, max_samples)
 
 
+<<<<<<< HEAD
 def recording(dataset, row):
     """dataset[row]: the whole recording, float32 [T, V]. Iterating ends at the IndexError of the row after the last."""
     return torch.from_numpy(dataset.window(row).astype(np.float32))
@@ -762,6 +763,12 @@ def recording(dataset, row):
 RecordingDataset.__getitem__ = recording
 
 
+=======
+# dataset[row]: the whole recording, float32 [T, V]. Iteration ends at the IndexError of the row after the last.
+RecordingDataset.__getitem__ = lambda self, row: torch.from_numpy(self.window(row).astype(np.float32))
+
+
+>>>>>>> hub
 def open_target(dataset, column, num_values):
     """The rows that have a target, int64, and the targets of all rows, float64 with NaN. BadInput where there are fewer
     than num_values different ones (0: the column may be absent)."""
@@ -850,6 +857,8 @@ def from_pretrained(model_class, name_or_path, **changes):
     mask_ratio. Raises BadInput if anything is missing, broken or does not fit."""
     folder = Path(name_or_path)
     if not folder.is_dir():
+        if str(name_or_path).startswith((".", "/", "~")) or Path(*folder.parts[:1]).exists():       # no user of the Hub
+            raise BadInput(f"{name_or_path}: no such run folder (python brainlm.py pretrain makes one)")
         folder = download_from_hub(str(name_or_path))
     file = folder / "config.json"
     try:
@@ -868,6 +877,8 @@ def from_pretrained(model_class, name_or_path, **changes):
     weights = {str(name).removeprefix("model."): value for name, value in weights.items()}          # the Hub's prefix
     if model_class is BrainLM and "target_mean" in weights:
         weights = {name.removeprefix("backbone."): value for name, value in weights.items() if "backbone." in name}
+    if model_class is BrainLMRegressor and "target_mean" not in weights:
+        raise BadInput(f"{folder} holds a BrainLM without a regression head: python brainlm.py finetune makes one")
     model = model_class(config)
     try:
         model.load_state_dict(weights)
@@ -938,8 +949,7 @@ if sys.modules.get("transformers"):
             prediction, hidden = self.model(signal, xyz, mask)
             loss = None if labels is None else reconstruction_loss(prediction, labels, mask, self.config.loss_fn)
             output = MaskedLMOutput(loss=loss, logits=prediction, hidden_states=(hidden,))
-            return_dict = self.config.return_dict if return_dict is None else return_dict
-            return output if return_dict else output.to_tuple()
+            return output.to_tuple() if return_dict is False else output
 
     class BrainLMForRegression(BrainLMForPreTraining):
         config_class, model_class = BrainLMForRegressionConfig, BrainLMRegressor
@@ -948,12 +958,9 @@ if sys.modules.get("transformers"):
         def forward(self, signal, xyz, labels=None, return_dict=None):
             """As BrainLMRegressor's: xyz [V, 3] is one for the batch. labels [B], the target, add a loss."""
             prediction = self.model(signal, xyz)                                     # [B]
-            loss = None
-            if labels is not None:
-                loss = ((prediction - labels.flatten()) / self.model.target_std).square().mean()
+            loss = None if labels is None else ((prediction - labels.flatten()) / self.model.target_std).square().mean()
             output = SequenceClassifierOutput(loss=loss, logits=prediction)
-            return_dict = self.config.return_dict if return_dict is None else return_dict
-            return output if return_dict else output.to_tuple()
+            return output.to_tuple() if return_dict is False else output
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1522,6 +1529,9 @@ class RunFolder:
                      if name not in ("run", "output_dir", "overwrite_output_dir")}
         if args.model_name_or_path and Path(args.model_name_or_path).resolve() == self.path.resolve():
             raise BadInput(f"--output_dir {self.path} is the folder that training starts from: choose another")
+        parcels = read_arrow(args.coords_dataset_path)
+        self.coordinates = {name: parcels[name].to_pylist() for name in parcels.column_names
+                            if name in ("X", "Y", "Z", "Network")}
         state = None
         if RANK == 0:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -1578,6 +1588,7 @@ class RunFolder:
                       "config": asdict(model.config)}
             write_atomically(self.path / "training_state.pt", state)
             write_atomically(self.path / "args.json", to_json(self.args, indent=2))
+            write_atomically(self.path / "coordinates.json", to_json(self.coordinates))
             write_atomically(self.path / "metrics.jsonl", "".join(self.metrics))
             model.save_pretrained(self.path)
 
@@ -1659,18 +1670,26 @@ def report(folder, model, num_steps, tables, dataset):
     folder.log(step=num_steps, tables=tables)
     if RANK > 0:
         return
-    name = type(model).__name__
+    name, T = type(model).__name__, model.config.num_timepoints_per_voxel
+    TR = sorted(set(map(str, dataset.table["TR"].to_pylist()))) if "TR" in dataset.table.column_names else ["not known"]
     write_atomically(folder.path / "README.md", f"""---
 tags: [fmri, brainlm]
 ---
 # {name}
 
 Trained for {num_steps} steps on `{dataset.recording_col}` of `{Path(dataset.path).name}` ({len(dataset)} recordings of
-{dataset.num_parcels} parcels), and compared with closed-form baselines:
+{dataset.num_parcels} parcels; TR: {", ".join(TR)}), and compared with closed-form baselines:
 {markdown(tables)}
 
-To load it, in this folder: `from brainlm import {name}; model = {name}.from_pretrained(".")`. The method: Ortega Caro
-et al., BrainLM: A foundation model for brain activity recordings, ICLR 2024.
+To run it, in this folder:
+```python
+import json, torch
+from brainlm import {name}
+xyz = torch.tensor([json.load(open("coordinates.json"))[axis] for axis in "XYZ"]).T      # [V, 3] in mm
+signal = torch.zeros(1, {T}, len(xyz))        # your recordings, [B, T, V], scaled as those it was trained on
+output = {name}.from_pretrained(".")(signal, xyz)
+```
+The method: Ortega Caro et al., BrainLM: A foundation model for brain activity recordings, ICLR 2024.
 """)
     print_once(f"\nthe model is in {folder.path}")
 
@@ -1882,7 +1901,9 @@ def command_line():
 
 
 def main(arguments=None):
-    args, status = command_line().parse_args(arguments), 0
+    (args, unknown), status = command_line().parse_known_args(arguments), 0
+    if unknown:                                         # parse_args would name the help that lists no flags
+        OneLineParser(prog=f"brainlm.py {args.command}").error(f"unrecognized arguments: {' '.join(unknown)}")
     torch.set_flush_denormal(True)                      # below 1e-38 is 0: such attention weights are slow on CPUs
     try:
         check_numbers(vars(args))

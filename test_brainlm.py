@@ -453,7 +453,8 @@ def data(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     for split, rows in ("train", 8), ("val", 3):
         recordings = [rng.standard_normal((20 + i, V), np.float32) for i in range(rows)]
-        write_dataset(folder / split, {"R": recordings, "Age": [50.0 + i for i in range(rows)]}, num_shards=2)
+        write_dataset(folder / split, {"R": recordings, "Age": [50.0 + i for i in range(rows)],
+                                       "TR": [2.0] + [0.72] * (rows - 1)}, num_shards=2)
     xyz = {axis: list(rng.normal(size=V) * 40) for axis in "XYZ"}
     write_dataset(folder / "coords", {**xyz, "Network": ["Visual", "Default"] * 3})
     BrainLM(SIZES).save_pretrained(folder / "pretrained")
@@ -698,7 +699,7 @@ def test_empty_recordings_are_refused_where_nobody_says_how_many_parcels_there_m
     "--warmup_ratio 2", "--max_steps 0", "--num_train_epochs -1", "--seed -1", "--seed 99999999999999999999",
     "--save_steps 0", "--per_device_train_batch_size 0", "--device tpu", "--dtype float64", "--depth 3"])
 def test_broken_flags_are_refused_and_named_with_their_value(data, tmp_path, flags):
-    told = flags.replace("--", "").replace(" ", " ... ")
+    told = flags.replace("--", "").replace(" ", " ... ") + " ... brainlm.py pretrain --help" * ("--depth" in flags)
     assert_refused(words("pretrain", data, tmp_path / "run", *flags.split()), told)
     assert not (tmp_path / "run").exists()
 
@@ -721,7 +722,7 @@ def test_a_saved_model_comes_back_bit_for_bit_and_alone(tmp_path):
     assert same_outputs(loaded, model, *inputs) and same_outputs(backbone, model.backbone, *inputs)
     backbone.save_pretrained(tmp_path)
     assert same_outputs(BrainLM.from_pretrained(tmp_path), backbone, *inputs)
-    with pytest.raises(BadInput, match="do not fit"):
+    with pytest.raises(BadInput, match="without a regression head: python brainlm.py finetune"):
         BrainLMRegressor.from_pretrained(tmp_path)
 
 
@@ -739,51 +740,45 @@ def test_a_run_folder_goes_to_the_hub_and_back_bit_for_bit(uninterrupted, tmp_pa
     assert same_outputs(backbone, getattr(ours, "backbone", ours), *inputs)
 
 
-@pytest.fixture
-def hub(uninterrupted):
-    """Function (command, **options) -> a run's model as transformers loads it."""
-    auto = pytest.importorskip("transformers").AutoModelForPreTraining
-    return lambda command, **options: auto.from_pretrained(uninterrupted[command], trust_remote_code=True, **options)
-
-
-def test_a_pretrained_model_of_the_hub_gives_its_loss_on_hidden_tokens(hub, uninterrupted):
-    theirs, ours, (signal, xyz) = hub("pretrain"), load(uninterrupted["pretrain"]), tiny_input(T=T, V=V)
-    torch.manual_seed(1)
-    mask = random_mask(2, T // 4, V, ours.config.mask_ratio)
-    torch.manual_seed(1)
-    output, prediction = theirs(signal, xyz, labels=signal), ours(signal, xyz, mask)[0]
-    assert torch.equal(output.logits, prediction) and theirs(signal, xyz).loss is None
-    assert output.loss == reconstruction_loss(prediction, signal, mask, ours.config.loss_fn)
-    given = theirs(signal, xyz, mask=mask, labels=signal, return_dict=False)
-    assert isinstance(given, tuple) and all(map(torch.equal, given[:2], (output.loss, prediction)))
-
-
-def test_a_finetuned_model_of_the_hub_gives_its_standardised_loss(hub, uninterrupted):
-    theirs, ours, inputs = hub("finetune"), load(uninterrupted["finetune"]), tiny_input(T=T, V=V)
-    age = torch.tensor([50.0, 60.0])
-    expected = brainlm.regression_loss(ours, *inputs, age, ours.target_std)
-    assert theirs(*inputs, labels=age[:, None]).loss == expected    # [B, 1], as some collators stack it
-    assert torch.equal(theirs(*inputs, return_dict=False)[0], ours(*inputs))
-
-
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
-def test_a_model_of_the_hub_has_the_methods_recomputes_layers_and_runs_in_bfloat16(hub, command):
-    model, (signal, xyz) = hub(command), tiny_input(T=T, V=V)
-    backbone = getattr(model.model, "backbone", model.model)
-    assert torch.equal(model.forecast(signal, xyz, 4), backbone.forecast(signal, xyz, 4))
-    assert [model.embed, model.attention, model.similarity] == [backbone.embed, backbone.attention, backbone.similarity]
-    expected = model(signal, xyz).logits
-    model.gradient_checkpointing_enable()
-    assert "forward" in vars(backbone.layers[0]) and torch.equal(model(signal, xyz).logits, expected)
-    half = hub(command, dtype=torch.bfloat16)
-    assert next(half.parameters()).dtype == torch.bfloat16
-    assert (half(signal, xyz).logits - expected).norm() < 0.02 * expected.norm()
+def test_a_model_of_the_hub_gives_its_loss_and_has_the_methods_and_runs_in_bfloat16(uninterrupted, command):
+    hub = partial(pytest.importorskip("transformers").AutoModelForPreTraining.from_pretrained, uninterrupted[command],
+                  trust_remote_code=True)
+    theirs, ours, (signal, xyz) = hub(), load(uninterrupted[command]), tiny_input(T=T, V=V)
+    backbone = getattr(theirs.model, "backbone", theirs.model)
+    assert torch.equal(theirs.forecast(signal, xyz, 4), backbone.forecast(signal, xyz, 4))
+    assert all(getattr(theirs, name) == getattr(backbone, name) for name in ("embed", "attention", "similarity"))
+    if command == "finetune":
+        labels = torch.tensor([50.0, 60.0])
+        loss, expected = brainlm.regression_loss(ours, signal, xyz, labels, ours.target_std), ours(signal, xyz)
+        assert theirs(signal, xyz, labels=labels[:, None]).loss == loss     # [B, 1], as some collators stack it
+    else:
+        torch.manual_seed(1)
+        mask, labels = random_mask(2, T // 4, V, ours.config.mask_ratio), signal
+        expected = ours(signal, xyz)[0]
+        loss = reconstruction_loss(ours(signal, xyz, mask)[0], signal, mask, ours.config.loss_fn)
+        assert theirs(signal, xyz, mask=mask, labels=labels).loss == loss
+    torch.manual_seed(1)
+    assert theirs(signal, xyz, labels=labels, return_dict=False)[0] == loss
+    theirs.gradient_checkpointing_enable()
+    assert "forward" in vars(backbone.layers[0]) and torch.equal(theirs(signal, xyz).logits, expected)
+    half = hub(dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert (half(signal, xyz).logits - expected).norm() < 0.005 * expected.norm() + 0.02 * (command == "pretrain")
 
 
 def test_a_name_that_the_hub_does_not_give_is_refused_in_one_line(data, tmp_path):
     pytest.importorskip("huggingface_hub")
     line = words("finetune", data, tmp_path / "run", "--model_name_or_path=nobody/nothing")
     assert_refused(line, "nobody/nothing")
+
+
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(brainlm, "download_from_hub", None)
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    for name in "runs/pretrian", "./you/model", "~/model", str(tmp_path / "model"):
+        assert_refused(words("evaluate", data, None, f"--model_name_or_path={name}"), f"{name}: no such")
 
 
 def test_pasted_into_a_notebook_the_file_neither_parses_the_kernels_arguments_nor_needs_a_file(tmp_path, monkeypatch):
@@ -1229,6 +1224,18 @@ def test_pretrain_leaves_a_complete_run_folder_and_reports_its_progress_and_its_
     assert all(text in printed for text in ("step 6/6  loss", "samples/s", *masked, *forecasting))
 
 
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_the_code_of_a_model_card_runs_in_the_run_folder(data, uninterrupted, monkeypatch, command):
+    monkeypatch.chdir(uninterrupted[command])
+    code, = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    exec(code, names := {})
+    assert torch.equal(names["xyz"], brainlm.read_coordinates(data / "coords")[0])
+    expected = load(Path())(torch.zeros(1, T, V), names["xyz"])
+    assert all(map(torch.equal, names["output"], expected))
+    assert json.loads(Path("coordinates.json").read_text())["Network"] == ["Visual", "Default"] * 3
+    assert "TR: 0.72, 2.0)" in Path("README.md").read_text()
+
+
 def test_finetune_takes_another_atlas_than_pretraining_and_leaves_out_rows_without_a_target(data, tmp_path):
     for split in "train", "val":
         recordings = [numbers(columns=5, seed=i) for i in range(5)]
@@ -1537,14 +1544,11 @@ def test_the_readmes_collator_feeds_trainer_and_its_recipe_tensorboard(data, uni
     shutil.copytree(uninterrupted["pretrain"], "runs/pretrain")
     names = {**vars(brainlm), "dataset": RecordingDataset(data / "train", "R"), "xyz": torch.randn(V, 3)}
     trainer = trainer.replace("200", str(T))
-    if importlib.util.find_spec("accelerate"):
-        exec(trainer, names)
-        moved = [p.grad is not None or not torch.equal(p, q) for p, q in
-                 zip(names["hub_model"].model.parameters(), load(Path("runs/pretrain")).parameters())]
-        assert sum(moved) > 10
-    else:                                               # what Trainer would do
-        exec(trainer.split("trainer = ")[0], names)
-        names["hub_model"](**names["collate"]([names["dataset"][i] for i in (0, 3)])).loss.backward()
+    if not importlib.util.find_spec("accelerate"):      # which Trainer needs: do one step of what it does
+        trainer = trainer[:trainer.index("arguments")] + "batch = collate([dataset[0], dataset[3]])\n" \
+            "torch.optim.SGD(hub_model.parameters(), 0.1).step(lambda: hub_model(**batch).loss.backward())"
+    exec(trainer, names)
+    assert not torch.equal(names["hub_model"].model.head.weight, load(Path("runs/pretrain")).head.weight)
     curves, module = [], types.ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = lambda folder: contextlib.nullcontext(types.SimpleNamespace(
         add_scalar=lambda name, value, step: curves.append((step, name, value))))
