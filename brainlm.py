@@ -754,21 +754,10 @@ def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples
     return RecordingDataset(path, recording_col, max_samples)
 
 
-<<<<<<< HEAD
-def recording(dataset, row):
-    """dataset[row]: the whole recording, float32 [T, V]. Iterating ends at the IndexError of the row after the last."""
-    return torch.from_numpy(dataset.window(row).astype(np.float32))
-
-
-RecordingDataset.__getitem__ = recording
-
-
-=======
 # dataset[row]: the whole recording, float32 [T, V]. Iteration ends at the IndexError of the row after the last.
 RecordingDataset.__getitem__ = lambda self, row: torch.from_numpy(self.window(row).astype(np.float32))
 
 
->>>>>>> hub
 def open_target(dataset, column, num_values):
     """The rows that have a target, int64, and the targets of all rows, float64 with NaN. BadInput where there are fewer
     than num_values different ones (0: the column may be absent)."""
