@@ -846,8 +846,6 @@ def from_pretrained(model_class, name_or_path, **changes):
     mask_ratio. Raises BadInput if anything is missing, broken or does not fit."""
     folder = Path(name_or_path)
     if not folder.is_dir():
-        if str(name_or_path).startswith((".", "/", "~")) or Path(*folder.parts[:1]).exists():       # no user of the Hub
-            raise BadInput(f"{name_or_path}: no such run folder (python brainlm.py pretrain makes one)")
         folder = download_from_hub(str(name_or_path))
     file = folder / "config.json"
     try:
@@ -879,6 +877,8 @@ def from_pretrained(model_class, name_or_path, **changes):
 
 def download_from_hub(name):
     """The local folder of a Hub repository "user/name"."""
+    if name.startswith((".", "/", "~")) or Path(*Path(name).parts[:1]).exists():       # no user of the Hub
+        raise BadInput(f"{name}: no such run folder (python brainlm.py pretrain makes one)")
     try:
         return Path(import_optional("huggingface_hub").snapshot_download(name))
     except Exception as error:                          # offline, unknown, private, ...: the Hub's own words say which

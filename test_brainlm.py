@@ -764,7 +764,7 @@ def test_a_model_of_the_hub_gives_its_loss_and_has_the_methods_and_runs_in_bfloa
     assert "forward" in vars(backbone.layers[0]) and torch.equal(theirs(signal, xyz).logits, expected)
     half = hub(dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    assert (half(signal, xyz).logits - expected).norm() < 0.005 * expected.norm() + 0.02 * (command == "pretrain")
+    assert (half(signal, xyz).logits - expected).norm() < 0.02 * expected.norm()
 
 
 def test_a_name_that_the_hub_does_not_give_is_refused_in_one_line(data, tmp_path):
@@ -774,7 +774,7 @@ def test_a_name_that_the_hub_does_not_give_is_refused_in_one_line(data, tmp_path
 
 
 def test_a_mistyped_folder_is_not_looked_for_on_the_hub(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(brainlm, "download_from_hub", None)
+    monkeypatch.setattr(brainlm, "import_optional", None)
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
     for name in "runs/pretrian", "./you/model", "~/model", str(tmp_path / "model"):
@@ -928,7 +928,8 @@ def test_connectivity_ridge_finds_nothing_where_there_is_nothing(tmp_path):
     rng = np.random.default_rng(0)
     dataset, _ = tiny_dataset(tmp_path / "data", lengths=[50] * 60, V=12)
     target = rng.normal(60, 5, 60)
-    prediction = brainlm.connectivity_ridge(dataset, np.arange(40), target[:40], dataset, np.arange(40, 60), [np.eye(12)])
+    rows = np.arange(60)
+    prediction = brainlm.connectivity_ridge(dataset, rows[:40], target[:40], dataset, rows[40:], [np.eye(12)])
     assert prediction.std() < 2 and abs(prediction.mean() - 60) < 2, "near the training mean"
 
 
