@@ -1858,7 +1858,8 @@ def command_line():
 
         if run is finetune:
             flag("--variable_of_interest_col_name", default="Age.At.MHQ", help="column to predict")
-            flag("--freeze_backbone", action="store_true", help="train the MLP head alone")
+            flag("--freeze_backbone", action=argparse.BooleanOptionalAction, default=True,
+                 help="train the MLP head alone")
         flag("--output_dir", default=f"./runs/{run.__name__}",
              help="checkpoints, metrics.jsonl, args.json; a run that was stopped there is resumed")
         flag("--overwrite_output_dir", action="store_true", help="start anew instead")
@@ -1878,7 +1879,7 @@ def command_line():
                 training.add_argument(f"--{option.name}", type=option.type, default=option.default,
                                       help="(default: %(default)s)")
         if run is finetune:
-            command.set_defaults(learning_rate=3e-4)
+            command.set_defaults(learning_rate=1e-3)
             continue
 
         model = command.add_argument_group("model", "what they are: BrainLMConfig in brainlm.py; given "
