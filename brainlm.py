@@ -1895,7 +1895,7 @@ def main(arguments=None):
     if unknown:                                         # parse_args would name the help that lists no flags
         OneLineParser(prog=f"brainlm.py {args.command}").error(f"unrecognized arguments: {' '.join(unknown)}")
     for kind in (np.float32, np.float64):
-        np.finfo(kind)                                  # numpy 1.26 warns where it looks at these only after the next line
+        np.finfo(kind)                                  # numpy 1.26 warns if it first looks after the next line
     torch.set_flush_denormal(True)                      # below 1e-38 is 0: such attention weights are slow on CPUs
     try:
         check_numbers(vars(args))
