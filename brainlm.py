@@ -1342,7 +1342,7 @@ def plot_predictions(figure, column, prediction, target):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 13. Devices: many processes, and attention that is fast in bfloat16 on CPUs
+# 13. Devices, and many processes
 
 
 RANK = int(os.environ.get("RANK", 0))                   # torchrun sets them
@@ -1390,13 +1390,10 @@ def prepare_device(name):
 
 def pick_dtype(name, device, state=None):
     """--dtype, where auto is what a resumed run was trained in so far, else bfloat16 where it is faster: on CUDA and on
-    CPUs with units for it. No stopwatch: the same machine always gets the same type, and all ranks that of rank 0."""
+    CPUs with AMX. No stopwatch: the same machine always gets the same type, and all ranks that of rank 0."""
     if name == "auto":
-        cpu = torch.cpu.get_capabilities()
-        # Intel's AVX-512 alone multiplies bfloat16 at half the speed of float32 (AMD's at three times): it needs AMX.
-        units = cpu.get("amx_bf16") or cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", "")
-        fast = device.type == "cuda" or device.type == "cpu" and units
-        name = "bfloat16" if fast else "float32"
+        amx = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16")
+        name = "bfloat16" if device.type == "cuda" or amx else "float32"
         if state:
             name = state["dtype"]
     return getattr(torch, from_rank_0(name))
@@ -1406,72 +1403,6 @@ def recompute_layers(model):
     """--gradient_checkpointing: backward computes each layer again instead of storing what it needs."""
     for layer in (module for module in model.modules() if isinstance(module, Layer)):
         layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
-
-
-class CPUAttention(torch.autograd.Function):
-    """block_causal_attention in bfloat16 on CPUs, where torch's own kernel leaves their bfloat16 units idle: plain
-    matrix products. q (scaled by 1 / sqrt(D)), k, v [B * heads, S, D].
-
-    Forward, with m_i the largest score of row i:     w_ij = exp(q_i k_j - m_i)    Z_i = sum_j w_ij
-                                                      out_i = sum_j w_ij v_j / Z_i
-    Backward, with g_i the gradient of out_i, / Z_i:  ds_ij = w_ij (g_i v_j - g_i out_i)    dv_j = sum_i w_ij g_i
-                                                      dq_i = sum_j ds_ij k_j    dk_j = sum_i ds_ij q_i
-
-    Scores are rounded to bfloat16, which would cost large ones a tenth of their weight: so m_i is taken off inside the
-    product, which sums in float32, as one more column: -m_i beside q_i, 1 beside every k_j. Likewise - g_i out_i, with
-    a 1 beside every v_j. (Above some 10,000 m_i itself is rounded by tens: the clamp keeps exp and its sum finite.)
-    Backward computes w again instead of storing S x S of it; transposed, as two of its three products need it.
-    """
-
-    @staticmethod
-    def tiles(num_heads, S, V):
-        """Slices (heads, rows, columns that they read): CLS all, a block itself and the blocks before it. One head a
-        thread, more while their scores take at most 8 MB and so stay in caches."""
-        at_once = max(torch.get_num_threads(), 2 ** 22 // (V * S))
-        blocks = [(slice(0, 1), slice(0, S))]
-        blocks += [(slice(start, start + V), slice(1, start + V)) for start in range(1, S, V)]
-        return [(slice(head, head + at_once), *block) for head in range(0, num_heads, at_once) for block in blocks]
-
-    @staticmethod
-    def forward(ctx, q, k, v, V):
-        q1, k1 = F.pad(q, (0, 1)), F.pad(k, (0, 1), value=1.0)                       # with one more column
-        out, total = torch.empty_like(v), torch.empty_like(q[:, :, :1])
-        for heads, rows, columns in CPUAttention.tiles(*q.shape[:2], V):
-            q1[heads, rows, -1:] = -(q[heads, rows] @ k[heads, columns].mT).amax(dim=2, keepdim=True)
-            weights = (q1[heads, rows] @ k1[heads, columns].mT).clamp_(-64, 64).exp_()       # [heads, rows, columns]
-            total[heads, rows] = weights.sum(dim=2, keepdim=True)
-            out[heads, rows] = weights @ v[heads, columns]
-        out /= total
-        ctx.save_for_backward(q1, k1, v, out, total)
-        ctx.V = V
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        q1, k1, v, out, total = ctx.saved_tensors
-        q, k, grad = q1[:, :, :-1].contiguous(), k1[:, :, :-1].contiguous(), grad / total
-        grad1, v1 = torch.cat([grad, -(grad * out).sum(dim=2, keepdim=True)], dim=2), F.pad(v, (0, 1), value=1.0)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for heads, rows, columns in CPUAttention.tiles(*q.shape[:2], ctx.V):
-            weights = (k1[heads, columns] @ q1[heads, rows].mT).clamp_(-64, 64).exp_()       # [heads, columns, rows]
-            dv[heads, columns] += weights @ grad[heads, rows]
-            dscores = weights.mul_(v1[heads, columns] @ grad1[heads, rows].mT)
-            dk[heads, columns] += dscores @ q[heads, rows]
-            dq[heads, rows] = dscores.mT @ k[heads, columns]
-        return dq, dk, dv, None
-
-
-def fastest_attention(q, k, v, V, dropout=0.0):
-    """block_causal_attention of Part I, by the kernel above where that is faster."""
-    if q.device.type != "cpu" or v.dtype != torch.bfloat16 or dropout:
-        return plain_attention(q, k, v, V, dropout)
-    flat = (tensor.to(v.dtype).flatten(0, 1) for tensor in (q / math.sqrt(q.shape[3]), k, v))
-    return CPUAttention.apply(*flat, V).view(v.shape)
-
-
-if "plain_attention" not in globals():                  # else Part II runs once more, in a notebook
-    plain_attention = block_causal_attention
-block_causal_attention = fastest_attention              # from here on what every layer calls
 
 
 class FloatMuon(Muon):
@@ -1849,7 +1780,7 @@ def command_line():
              help="start from the weights in this run folder or on the Hub")
         flag("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: the fastest there is")
         flag("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-             help="auto: bfloat16 on CUDA and on CPUs with units for it; a resumed run keeps its type")
+             help="auto: bfloat16 on CUDA and on CPUs with AMX; a resumed run keeps its type")
         flag("--per_device_eval_batch_size", type=int, default=8,
              help="windows that a process takes at once in evaluation")
         if run is evaluate:
