@@ -605,7 +605,7 @@ import argparse
 import csv
 import datetime
 import functools
-import importlib
+import importlib.util
 import io
 import os
 import sys
@@ -1138,19 +1138,33 @@ def knn_accuracy(distance, labels, k=5):
 
 
 def evaluate_networks(model, xyz, dataset, windows, networks):
-    """Zero-shot functional networks: the label of a left-out parcel from its nearest neighbours among the others, by
-    the model's states, by the coordinates, by functional connectivity. {title: {method: {score: value}}}"""
+    """Zero-shot functional networks, {title: {method: {score: value}}}, of the parcels that have a label: the share that
+    get theirs from their nearest neighbours among the others, and, where scikit-learn is installed, the adjusted Rand
+    index of the labels and as many clusters (1 where they are the same, about 0 by chance). Near is what is alike in the
+    model's states, in functional connectivity, in the rows of these (profiles), or in coordinates."""
     T, V = model.config.num_timepoints_per_voxel, dataset.num_parcels
+    labelled = [parcel for parcel, network in enumerate(networks) if network is not None]
+    labels = [networks[parcel] for parcel in labelled]
+    if len(labels) < 2:
+        return {}
     similarity, connectivity = np.zeros((V, V)), np.zeros((V, V))
     for window in windows:
         signal = dataset.batch([window], T)
-        similarity += model.similarity(signal.to(xyz.device), xyz)[0].cpu().numpy()
-        connectivity += correlation(signal[0].numpy())
-    methods = {"BrainLM similarity": -similarity, "coordinates": torch.cdist(xyz, xyz).cpu().numpy(),
-               "functional connectivity": -connectivity,
-               "functional connectivity profile": 1 - correlation(connectivity)}
-    return {f"functional networks of left-out parcels (5 nearest neighbours of {V})":
-            {name: {"accuracy": knn_accuracy(distance, networks)} for name, distance in methods.items()}}
+        similarity += model.similarity(signal.to(xyz.device), xyz)[0].cpu().numpy() / len(windows)
+        connectivity += correlation(signal[0].numpy()) / len(windows)
+    methods = {"BrainLM similarity": 1 - similarity, "BrainLM similarity profile": 1 - correlation(similarity),
+               "functional connectivity": 1 - connectivity,
+               "functional connectivity profile": 1 - correlation(connectivity),
+               "coordinates": torch.cdist(xyz, xyz).cpu().numpy()}
+    table = {}
+    for name, distance in methods.items():
+        distance = distance[np.ix_(labelled, labelled)]
+        table[name] = {"accuracy": knn_accuracy(distance, labels)}
+        if importlib.util.find_spec("sklearn"):
+            cluster, metrics = import_optional("sklearn.cluster"), import_optional("sklearn.metrics")
+            linkage = cluster.AgglomerativeClustering(len(set(labels)), metric="precomputed", linkage="average")
+            table[name]["Rand"] = metrics.adjusted_rand_score(labels, linkage.fit_predict(distance))
+    return {f"functional networks of {len(labels)} parcels (5 nearest neighbours)": table}
 
 
 def correlation(signal):
@@ -1745,8 +1759,7 @@ def evaluate(args):
     else:
         windows = fixed_windows(val_set, range(len(val_set)), T, spacing=max(T // 4, 1))
         tables = evaluate_reconstruction(model, xyz, dtype, train_set, val_set, windows, size)
-        if networks and len(xyz) > 1:
-            tables |= evaluate_networks(model, xyz, val_set, windows, networks)
+        tables |= evaluate_networks(model, xyz, val_set, windows, networks or [])
         draw(folder / "evaluation.png", plot_evaluation, model, xyz, val_set, windows, tables)
     print_once(markdown(tables))
     if RANK == 0 and tables:

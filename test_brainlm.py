@@ -943,6 +943,18 @@ def test_nearest_neighbours_leave_the_parcel_itself_out():
     assert brainlm.knn_accuracy(distance[:3, :3], list("baa"), k=5) == 1 / 3, "even with fewer others than k"
 
 
+def test_networks_are_found_where_states_go_together_and_parcels_without_a_label_do_not_count(tmp_path):
+    dataset, _ = tiny_dataset(tmp_path / "data", V=13)
+    group = torch.arange(13) // 4                       # 3 networks of 4 parcels, and one parcel alone
+    stub = types.SimpleNamespace(config=tiny_config(), similarity=lambda *_: (group[:, None] == group)[None].float())
+    table, = brainlm.evaluate_networks(stub, torch.zeros(13, 3), dataset, [(0, 0)], [*"aaaabbbbcccc", None]).values()
+    clusters = {"Rand": 1} if importlib.util.find_spec("sklearn") else {}
+    for name in "BrainLM similarity", "BrainLM similarity profile":
+        assert table[name] == {"accuracy": 1} | clusters
+    assert table["functional connectivity"]["accuracy"] < 1
+    assert brainlm.evaluate_networks(stub, torch.zeros(13, 3), dataset, [(0, 0)], ["a"] + [None] * 12) == {}
+
+
 def test_attention_weights_sum_to_one_respect_the_mask_and_are_those_of_training():
     model, (signal, xyz) = tiny_model(), tiny_input(V=3)
     x, position = model.tokens(signal, xyz)
@@ -1238,8 +1250,8 @@ def test_evaluate_sets_the_model_beside_the_baselines_in_two_processes_as_in_one
     assert "BrainLM" in ended(first) and ended(second) == "", "only rank 0 prints"
     tables, of_two = (json.loads((folder / "evaluation.json").read_text())["tables"] for folder in (one, two))
     masked, forecasting, networks = tables.values()
-    assert set(networks) == {"BrainLM similarity", "coordinates", "functional connectivity",
-                             "functional connectivity profile"}
+    assert set(networks) == {"BrainLM similarity", "BrainLM similarity profile", "coordinates",
+                             "functional connectivity", "functional connectivity profile"}
     assert all(name in printed for name in (*masked, *forecasting, *networks))
     for title, method in [(title, method) for title, table in tables.items() for method in table]:
         assert of_two[title][method] == pytest.approx(tables[title][method], rel=1e-4, abs=1e-5)
