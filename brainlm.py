@@ -706,13 +706,19 @@ def open_numbers(table, name, path):
 
 
 def open_coordinates(path):
-    """read_coordinates, with BadInput for a coordinate that is missing or not finite."""
+    """read_coordinates, with BadInput for a coordinate that is missing or not finite, and a note for odd units."""
     table = open_table(path)
     for axis in "XYZ":
         for row, value in enumerate(open_numbers(table, axis, path)):
             if not abs(value) < LARGEST:
                 raise BadInput(f"{path}: coordinate {axis} of row (parcel) {row} is {value}")
-    return read_coordinates(path)
+    xyz, networks = read_coordinates(path)
+    low, high = xyz.min().item(), xyz.max().item()
+    # A brain reaches some 110 mm (11 cm) from the origin of MNI space, on all sides; voxel indices are never negative.
+    if low >= 0 or not 12 <= max(-low, high) <= 200:
+        print_once(f"note: {path}: coordinates from {low:.4g} to {high:.4g} do not look like MNI millimetres "
+                   "(about -110 to 90), and the model needs these to tell which parcels are near each other")
+    return xyz, networks
 
 
 def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples=None):
@@ -775,6 +781,20 @@ def open_target(dataset, column, num_values):
         print_once(f"{dataset.path}: {len(target) - len(rows)} of {len(target)} recordings have no {column}: neither "
                    "learned from nor scored")
     return rows, target
+
+
+def note_signal_units(dataset):
+    """A line where one of a few recordings, zeros and constant parcels left out, is not of order one."""
+    for row in range(0, len(dataset), math.ceil(len(dataset) / 5)):
+        signal = dataset.window(row).astype(np.float32)                                      # [T, V]
+        sizes = np.abs(signal[:, (signal != signal[0]).any(axis=0)])
+        size = np.median(sizes[sizes > 0]) if sizes.any() else 1
+        # Half of a robust-scaled parcel lies in a range of 1 around 0: its median size is at most 1, whatever the
+        # outliers, and usually 0.5. A tenth of that taught nothing in 250 steps (sample data: masked R2 .01, not .18).
+        if not 0.1 <= size <= 10:
+            print_once(f"note: {dataset.path}: row {row} has values of about {size:.4g}, where the model expects 1: "
+                       "scale each parcel to median 0, interquartile range 1, with robust_scale of sample_data.py")
+            break
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1612,6 +1632,8 @@ def run_training(args, training, model, folder, xyz, dtype, num_recordings, batc
         raise BadInput(f"--max_steps {num_steps}: {folder.path} has been trained for {first_step} steps already")
     if first_step:
         print_once(f"resuming {folder.path} after step {first_step} of {num_steps}")
+    elif num_steps < 50:        # sample data, pretraining: masked R2 .01 in 25 steps, as before the first; .03 in 50
+        print_once(f"note: {num_steps} steps are too few to learn much: raise --max_steps")
 
     def save(step):
         folder.save(model, step=step, samples=first_sample + (step - first_step) * samples_per_step,
@@ -1709,6 +1731,11 @@ def open_data(args, window, device):
     val_set = open_recordings(args.val_dataset_path, column, window, V, args.max_eval_samples)
     print_once(f"data: {len(train_set)} training and {len(val_set)} validation recordings, {V} parcels, windows of "
                f"{window}")
+    note_signal_units(train_set)
+    if Path(args.train_dataset_path).resolve() == Path(args.val_dataset_path).resolve():
+        print_once("note: training and validation data are the same: scores will tell nothing of new recordings")
+    else:
+        note_signal_units(val_set)
     return xyz.to(device), networks, train_set, val_set
 
 

@@ -704,6 +704,39 @@ def test_broken_flags_are_refused_and_named_with_their_value(data, tmp_path, fla
     assert not (tmp_path / "run").exists()
 
 
+BRAIN = sample_data.make_brain(V, np.random.default_rng(0))
+SAMPLE, PLACES = sample_data.make_person(BRAIN, 60, np.random.default_rng(0))[RECORDING_COL], BRAIN["xyz"].T
+ODD = np.vstack([SAMPLE, np.zeros((90, V), np.float32)])
+ODD[::5], ODD[:, 0], ODD[:, 1] = 25, 1000, 0            # outlying values, a constant parcel, one of zeros
+UNITS = {   # recordings to train and to validate on, coordinates, and what the one note says, if there is one
+    "sample data": (SAMPLE, SAMPLE, PLACES, ""),
+    "odd ones, silent ones": (ODD, 0 * SAMPLE + 1000, PLACES, ""),
+    "BOLD": (1000 + 20 * SAMPLE, SAMPLE, PLACES, "train: row 0 has values of about (99|100).*robust_scale"),
+    "tiny": (SAMPLE, SAMPLE / 100, PLACES, "val: row 0 has values of about 0.00.*robust_scale"),
+    "cm": (SAMPLE, SAMPLE, PLACES / 10, "coords: coordinates from -.* to .* MNI millimetres"),
+    "micrometres": (SAMPLE, SAMPLE, 1000 * PLACES, "coords: coordinates .* MNI millimetres"),
+    "voxels": (SAMPLE, SAMPLE, PLACES - PLACES.min(), "coords: coordinates from 0 to .* MNI millimetres")}
+
+
+@pytest.mark.parametrize("train, val, xyz, told", UNITS.values(), ids=UNITS)
+def test_odd_units_are_told_in_one_line(data, tmp_path, train, val, xyz, told):
+    for split, recording in ("train", train), ("val", val):
+        write_dataset(tmp_path / split, {"R": [recording] * 7})
+    write_dataset(tmp_path / "coords", dict(zip("XYZ", map(list, xyz))))
+    shutil.copytree(data / "pretrained", tmp_path / "pretrained")
+    found = re.findall("note: .*", run_here(words("evaluate", tmp_path, None)))
+    assert re.fullmatch(told and f"note: {tmp_path}/{told}.*", "\n".join(found))
+
+
+def test_validating_on_the_training_data_and_too_few_steps_are_told(data, uninterrupted, run, tmp_path):
+    few, same = "note: 6 steps are too few to learn much: raise --max_steps", f"--val_dataset_path={data}/val/../train"
+    found, = re.findall("note: .*", run_here(words("pretrain", data, tmp_path / "new", same, "--max_steps=50")))
+    assert "training and validation data are the same" in found
+    for folder in uninterrupted.values():
+        assert re.findall("note: .*", (folder.parent / "printed").read_text()) == [few]
+    assert "too few" not in run_here(words("pretrain", data, run, "--max_steps=7")), "it was told before"
+
+
 # 11. Checkpoints and the Hugging Face Hub -----------------------------------------------------------------------------
 
 
