@@ -1157,7 +1157,7 @@ def knn_accuracy(distance, labels, k=5):
     return right / len(labels)
 
 
-def evaluate_networks(model, xyz, dataset, windows, networks):
+def evaluate_networks(model, xyz, dataset, windows, networks, folder):
     """Zero-shot functional networks: the label of a left-out parcel from its nearest neighbours among the others, by
     the model's states, by the coordinates, by functional connectivity. {title: {method: {score: value}}}"""
     T, V = model.config.num_timepoints_per_voxel, dataset.num_parcels
@@ -1166,6 +1166,7 @@ def evaluate_networks(model, xyz, dataset, windows, networks):
         signal = dataset.batch([window], T)
         similarity += model.similarity(signal.to(xyz.device), xyz)[0].cpu().numpy()
         connectivity += correlation(signal[0].numpy())
+    draw(folder / "networks.png", plot_networks, networks, similarity / len(windows), connectivity / len(windows))
     methods = {"BrainLM similarity": -similarity, "coordinates": torch.cdist(xyz, xyz).cpu().numpy(),
                "functional connectivity": -connectivity,
                "functional connectivity profile": 1 - correlation(connectivity)}
@@ -1319,7 +1320,7 @@ def draw(path, plot, *what):
         figure = import_optional("matplotlib.figure").Figure(layout="constrained", dpi=110)
         plot(figure, *what)
         if RANK == 0:
-            figure.savefig(path)
+            figure.savefig(path, bbox_inches="tight")           # nothing cut off
             print_once(f"picture in {path}")
     except BadInput as error:
         print_once(f"no picture: {error}")
@@ -1359,6 +1360,41 @@ def plot_predictions(figure, column, prediction, target):
     axis.scatter(target, prediction, color="C3")
     axis.axline((target.mean(), target.mean()), slope=1, color="0.6", zorder=0)
     axis.set(xlabel="truth", ylabel="prediction", title=column.replace("$", r"\$"))
+
+
+def plot_networks(figure, networks, similarity, connectivity):
+    """Both matrices [V, V] with the parcels of a network side by side."""
+    labels = np.array(networks, dtype=str)
+    names, sizes = np.unique(labels, return_counts=True)
+    order, ends = np.argsort(labels, kind="stable"), np.cumsum(sizes) - 0.5
+    figure.set_size_inches(13, 6.5)
+    matrices = ("BrainLM similarity", similarity), ("functional connectivity", connectivity)
+    text = {"fontsize": min(10, 240 / len(names)), "parse_math": False}
+    for axis, (title, matrix) in zip(figure.subplots(1, 2, sharey=True), matrices):
+        image = axis.imshow(matrix[np.ix_(order, order)], cmap="RdBu_r", vmin=-1, vmax=1, interpolation="none")
+        axis.set_title(title)
+        axis.set_xticks(ends - sizes / 2, names, rotation=90, **text)
+        axis.set_yticks(ends - sizes / 2, names, **text)
+        for end in ends[:-1]:
+            axis.axhline(end, color="black", linewidth=0.5)
+            axis.axvline(end, color="black", linewidth=0.5)
+    figure.colorbar(image, ax=figure.axes, label="correlation, mean over windows")
+
+
+def plot_attention(figure, model, xyz, dataset):
+    """What CLS of a BrainLM reads of each parcel, as a map: one window tells, it hardly differs in others (r 0.98)."""
+    signal = dataset.batch([(0, 0)], model.config.num_timepoints_per_voxel).to(xyz.device)
+    weights = model.attention(signal, xyz, layer=-1)[0, :, 0, 1:]                            # [heads, N * V]
+    share = 100 * weights.mean(dim=0).view(-1, len(xyz)).sum(dim=0).cpu()                    # [V], %
+    order = share.argsort()                             # what is read most is drawn on top
+    place = dict(zip("xyz", xyz.cpu()[order].T))
+    figure.set_size_inches(12, 6)
+    figure.suptitle("What CLS reads in the last layer (learned only if finetune had --no-freeze_backbone)")
+    views = ("from above, left is left", "x", "y"), ("from the right", "y", "z")
+    for axis, (title, across, up) in zip(figure.subplots(1, 2), views):
+        points = axis.scatter(place[across], place[up], c=share[order], s=60, vmin=0, vmax=share.quantile(0.98))
+        axis.set(title=title, xlabel=f"{across}, mm", ylabel=f"{up}, mm", aspect="equal")
+    figure.colorbar(points, ax=figure.axes, extend="max", label=f"% of CLS's attention (even: {100 / len(xyz):.2g})")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1549,7 +1585,8 @@ class RunFolder:
             if present and "training_state.pt" not in present:
                 raise BadInput(f"{self.path} holds {present[0]}, and not of a run: choose another --output_dir")
             if args.overwrite_output_dir:               # what tells of the old model; the first save replaces the rest
-                for name in ("README.md", "evaluation.json", "evaluation.png", "predictions.csv", "predictions.png"):
+                for name in ("README.md", "evaluation.json", "evaluation.png", "networks.png", "attention.png",
+                             "predictions.csv", "predictions.png"):
                     (self.path / name).unlink(missing_ok=True)
             elif present:
                 state = self.read_state(config)
@@ -1838,11 +1875,12 @@ def evaluate(args):
         val = val_set, *open_target(val_set, column, num_values=0)
         train = train_set, *open_target(train_set, column, num_values=2 if len(val[1]) else 0)
         tables = evaluate_regression(model, xyz, dtype, train, val, column, size, folder)
+        draw(folder / "attention.png", plot_attention, model.backbone, xyz, val_set)    # pretraining trains no CLS
     else:
         windows = fixed_windows(val_set, range(len(val_set)), T, spacing=max(T // 4, 1))
         tables = evaluate_reconstruction(model, xyz, dtype, train_set, val_set, windows, size)
         if networks and len(xyz) > 1:
-            tables |= evaluate_networks(model, xyz, val_set, windows, networks)
+            tables |= evaluate_networks(model, xyz, val_set, windows, networks, folder)
         draw(folder / "evaluation.png", plot_evaluation, model, xyz, val_set, windows, tables)
     print_once(markdown(tables))
     if RANK == 0 and tables:

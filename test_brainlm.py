@@ -1003,6 +1003,27 @@ def test_similar_parcels_are_those_whose_states_go_together():
     np.testing.assert_allclose(model.similarity(signal, xyz)[0], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_picture_of_networks_puts_parcels_of_a_network_side_by_side():
+    figure, order = pytest.importorskip("matplotlib.figure").Figure(), [1, 3, 0, 2, 4]
+    first, second = np.random.default_rng(0).random((2, 5, 5))
+    brainlm.plot_networks(figure, ["b$", "a", "b$", "a", "b$"], first, second)
+    for axis, matrix in zip(figure.axes, (first, second)):
+        assert np.array_equal(axis.images[0].get_array(), matrix[order][:, order])
+        ticks = [(tick.get_loc(), tick.label1.get_text()) for tick in axis.xaxis.get_major_ticks()]
+        assert ticks == [(0.5, "a"), (3, "b$")]
+
+
+def test_the_picture_of_attention_shows_each_parcels_share_where_it_lies(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    (dataset, _), model, (_, xyz) = tiny_dataset(tmp_path / "data"), tiny_model(), tiny_input(V=3)
+    brainlm.plot_attention(figure, model, xyz, dataset)
+    weights = model.attention(dataset.batch([(0, 0)], 20), xyz, layer=1)[0, :, 0]            # of the last layer
+    expected = {tuple(xyz[v].tolist()): 100 * weights[:, 1 + v::3].sum().item() / 2 for v in range(3)}
+    views = [axis.collections[0] for axis in figure.axes[:2]]
+    for (x, y), (y_again, z), share in zip(*(view.get_offsets() for view in views), views[0].get_array()):
+        assert y == y_again and expected.pop((x, y, z)) == pytest.approx(share, rel=1e-5)
+
+
 # 13. Devices: the kernel for bfloat16 on CPUs, and many processes -----------------------------------------------------
 
 
@@ -1192,10 +1213,12 @@ def test_a_broken_training_state_is_not_resumed(data, run, content):
 
 def test_overwrite_output_dir_starts_anew(data, uninterrupted, tmp_path):
     run = shutil.copytree(uninterrupted["finetune"], tmp_path / "run")
-    (run / "evaluation.json").write_text("{}")
+    of_the_old_model = [run / name for name in ("evaluation.json", "networks.png", "attention.png")]
+    for file in of_the_old_model:
+        file.write_text("{}")
     assert "resuming" not in run_here(words("pretrain", data, run, "--overwrite_output_dir"))
     assert_same_run(run, uninterrupted["pretrain"])
-    assert not (run / "evaluation.json").exists()
+    assert not any(file.exists() for file in of_the_old_model)
 
 
 @pytest.mark.parametrize("name", ["README.md", "brainlm.py", "notes.txt"])
@@ -1296,6 +1319,7 @@ def test_evaluate_sets_the_model_beside_the_baselines_in_two_processes_as_in_one
     assert set(networks) == {"BrainLM similarity", "coordinates", "functional connectivity",
                              "functional connectivity profile"}
     assert all(name in printed for name in (*masked, *forecasting, *networks))
+    assert (one / "networks.png").exists() or "no picture" in printed
     for title, method in [(title, method) for title, table in tables.items() for method in table]:
         assert of_two[title][method] == pytest.approx(tables[title][method], rel=1e-4, abs=1e-5)
 
@@ -1326,7 +1350,7 @@ def test_finetune_and_evaluate_write_the_same_predictions_means_over_each_record
     printed = run_here(words("evaluate", data, None, val, f"--model_name_or_path={run}"))
     assert (run / "predictions.csv").read_text() == text and "1 of 3 recordings have no Age" in printed
     assert json.loads((run / "evaluation.json").read_text())["tables"] == {"Age, 2 validation recordings": table}
-    assert picture.exists() or "no picture" in printed
+    assert picture.exists() and (run / "attention.png").exists() or "no picture" in printed
 
 
 @pytest.mark.parametrize("columns", [{}, {"Age": [None] * 3}, {"Age": [math.nan] * 3}], ids=["absent", "None", "NaN"])
