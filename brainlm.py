@@ -706,13 +706,19 @@ def open_numbers(table, name, path):
 
 
 def open_coordinates(path):
-    """read_coordinates, with BadInput for a coordinate that is missing or not finite."""
+    """read_coordinates, with BadInput for a coordinate that is missing or not finite, and a note for odd units."""
     table = open_table(path)
     for axis in "XYZ":
         for row, value in enumerate(open_numbers(table, axis, path)):
             if not abs(value) < LARGEST:
                 raise BadInput(f"{path}: coordinate {axis} of row (parcel) {row} is {value}")
-    return read_coordinates(path)
+    xyz, networks = read_coordinates(path)
+    low, high = xyz.min().item(), xyz.max().item()
+    # A brain reaches some 110 mm (11 cm) from the origin of MNI space, on all sides; voxel indices are never negative.
+    if low >= 0 or not 12 <= max(-low, high) <= 200:
+        print_once(f"note: {path}: coordinates from {low:.4g} to {high:.4g} do not look like MNI millimetres "
+                   "(about -110 to 90), and the model needs these to tell which parcels are near each other")
+    return xyz, networks
 
 
 def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples=None):
@@ -775,6 +781,20 @@ def open_target(dataset, column, num_values):
         print_once(f"{dataset.path}: {len(target) - len(rows)} of {len(target)} recordings have no {column}: neither "
                    "learned from nor scored")
     return rows, target
+
+
+def note_signal_units(dataset):
+    """A line where one of a few recordings, zeros and constant parcels left out, is not of order one."""
+    for row in range(0, len(dataset), math.ceil(len(dataset) / 5)):
+        signal = dataset.window(row).astype(np.float32)                                      # [T, V]
+        sizes = np.abs(signal[:, (signal != signal[0]).any(axis=0)])
+        size = np.median(sizes[sizes > 0]) if sizes.any() else 1
+        # Half of a robust-scaled parcel lies in a range of 1 around 0: its median size is at most 1, whatever the
+        # outliers, and usually 0.5. A tenth of that taught nothing in 250 steps (sample data: masked R2 .01, not .18).
+        if not 0.1 <= size <= 10:
+            print_once(f"note: {dataset.path}: row {row} has values of about {size:.4g}, where the model expects 1: "
+                       "scale each parcel to median 0, interquartile range 1, with robust_scale of sample_data.py")
+            break
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1137,28 +1157,28 @@ def knn_accuracy(distance, labels, k=5):
     return right / len(labels)
 
 
-def evaluate_networks(model, xyz, dataset, windows, networks):
-    """Zero-shot functional networks, {title: {method: {score: value}}}, of the parcels that have a label: the share that
-    get theirs from their nearest neighbours among the others, and, where scikit-learn is installed, the adjusted Rand
-    index of the labels and as many clusters (1 where they are the same, about 0 by chance). Near is what is alike in the
-    model's states, in functional connectivity, in the rows of these (profiles), or in coordinates."""
-    T, V = model.config.num_timepoints_per_voxel, dataset.num_parcels
+def evaluate_networks(model, xyz, dataset, windows, networks, folder):
+    """Zero-shot functional networks of the parcels that have a label, {title: {method: {score: value}}}: the share of
+    them that get theirs from their nearest neighbours among the others, and, where scikit-learn is installed, the
+    adjusted Rand index of the labels and as many clusters (1: the same, about 0: chance). Near is what is alike in the
+    model's states, in functional connectivity, in the rows of either (profiles), or in coordinates."""
     labelled = [parcel for parcel, network in enumerate(networks) if network is not None]
-    labels = [networks[parcel] for parcel in labelled]
+    labels, chosen = [networks[parcel] for parcel in labelled], np.ix_(labelled, labelled)
     if len(labels) < 2:
         return {}
-    similarity, connectivity = np.zeros((V, V)), np.zeros((V, V))
+    similarity, connectivity = np.zeros((2, len(networks), len(networks)))
     for window in windows:
-        signal = dataset.batch([window], T)
+        signal = dataset.batch([window], model.config.num_timepoints_per_voxel)
         similarity += model.similarity(signal.to(xyz.device), xyz)[0].cpu().numpy() / len(windows)
         connectivity += correlation(signal[0].numpy()) / len(windows)
+    draw(folder / "networks.png", plot_networks, labels, similarity[chosen], connectivity[chosen])
     methods = {"BrainLM similarity": 1 - similarity, "BrainLM similarity profile": 1 - correlation(similarity),
                "functional connectivity": 1 - connectivity,
                "functional connectivity profile": 1 - correlation(connectivity),
                "coordinates": torch.cdist(xyz, xyz).cpu().numpy()}
     table = {}
     for name, distance in methods.items():
-        distance = distance[np.ix_(labelled, labelled)]
+        distance = distance[chosen]
         table[name] = {"accuracy": knn_accuracy(distance, labels)}
         if importlib.util.find_spec("sklearn"):
             cluster, metrics = import_optional("sklearn.cluster"), import_optional("sklearn.metrics")
@@ -1313,7 +1333,7 @@ def draw(path, plot, *what):
         figure = import_optional("matplotlib.figure").Figure(layout="constrained", dpi=110)
         plot(figure, *what)
         if RANK == 0:
-            figure.savefig(path)
+            figure.savefig(path, bbox_inches="tight")           # nothing cut off
             print_once(f"picture in {path}")
     except BadInput as error:
         print_once(f"no picture: {error}")
@@ -1353,6 +1373,41 @@ def plot_predictions(figure, column, prediction, target):
     axis.scatter(target, prediction, color="C3")
     axis.axline((target.mean(), target.mean()), slope=1, color="0.6", zorder=0)
     axis.set(xlabel="truth", ylabel="prediction", title=column.replace("$", r"\$"))
+
+
+def plot_networks(figure, networks, similarity, connectivity):
+    """Both matrices [V, V] with the parcels of a network side by side."""
+    labels = np.array(networks, dtype=str)
+    names, sizes = np.unique(labels, return_counts=True)
+    order, ends = np.argsort(labels, kind="stable"), np.cumsum(sizes) - 0.5
+    figure.set_size_inches(13, 6.5)
+    matrices = ("BrainLM similarity", similarity), ("functional connectivity", connectivity)
+    text = {"fontsize": min(10, 240 / len(names)), "parse_math": False}
+    for axis, (title, matrix) in zip(figure.subplots(1, 2, sharey=True), matrices):
+        image = axis.imshow(matrix[np.ix_(order, order)], cmap="RdBu_r", vmin=-1, vmax=1, interpolation="none")
+        axis.set_title(title)
+        axis.set_xticks(ends - sizes / 2, names, rotation=90, **text)
+        axis.set_yticks(ends - sizes / 2, names, **text)
+        for end in ends[:-1]:
+            axis.axhline(end, color="black", linewidth=0.5)
+            axis.axvline(end, color="black", linewidth=0.5)
+    figure.colorbar(image, ax=figure.axes, label="correlation, mean over windows")
+
+
+def plot_attention(figure, model, xyz, dataset):
+    """What CLS of a BrainLM reads of each parcel, as a map: one window tells, it hardly differs in others (r 0.98)."""
+    signal = dataset.batch([(0, 0)], model.config.num_timepoints_per_voxel).to(xyz.device)
+    weights = model.attention(signal, xyz, layer=-1)[0, :, 0, 1:]                            # [heads, N * V]
+    share = 100 * weights.mean(dim=0).view(-1, len(xyz)).sum(dim=0).cpu()                    # [V], %
+    order = share.argsort()                             # what is read most is drawn on top
+    place = dict(zip("xyz", xyz.cpu()[order].T))
+    figure.set_size_inches(12, 6)
+    figure.suptitle("What CLS reads in the last layer (learned only if finetune had --no-freeze_backbone)")
+    views = ("from above, left is left", "x", "y"), ("from the right", "y", "z")
+    for axis, (title, across, up) in zip(figure.subplots(1, 2), views):
+        points = axis.scatter(place[across], place[up], c=share[order], s=60, vmin=0, vmax=share.quantile(0.98))
+        axis.set(title=title, xlabel=f"{across}, mm", ylabel=f"{up}, mm", aspect="equal")
+    figure.colorbar(points, ax=figure.axes, extend="max", label=f"% of CLS's attention (even: {100 / len(xyz):.2g})")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1474,7 +1529,8 @@ class RunFolder:
             if present and "training_state.pt" not in present:
                 raise BadInput(f"{self.path} holds {present[0]}, and not of a run: choose another --output_dir")
             if args.overwrite_output_dir:               # what tells of the old model; the first save replaces the rest
-                for name in ("README.md", "evaluation.json", "evaluation.png", "predictions.csv", "predictions.png"):
+                for name in ("README.md", "evaluation.json", "evaluation.png", "networks.png", "attention.png",
+                             "predictions.csv", "predictions.png"):
                     (self.path / name).unlink(missing_ok=True)
             elif present:
                 state = self.read_state(config)
@@ -1557,6 +1613,8 @@ def run_training(args, training, model, folder, xyz, dtype, num_recordings, batc
         raise BadInput(f"--max_steps {num_steps}: {folder.path} has been trained for {first_step} steps already")
     if first_step:
         print_once(f"resuming {folder.path} after step {first_step} of {num_steps}")
+    elif num_steps < 50:        # sample data, pretraining: masked R2 .01 in 25 steps, as before the first; .03 in 50
+        print_once(f"note: {num_steps} steps are too few to learn much: raise --max_steps")
 
     def save(step):
         folder.save(model, step=step, samples=first_sample + (step - first_step) * samples_per_step,
@@ -1654,6 +1712,11 @@ def open_data(args, window, device):
     val_set = open_recordings(args.val_dataset_path, column, window, V, args.max_eval_samples)
     print_once(f"data: {len(train_set)} training and {len(val_set)} validation recordings, {V} parcels, windows of "
                f"{window}")
+    note_signal_units(train_set)
+    if Path(args.train_dataset_path).resolve() == Path(args.val_dataset_path).resolve():
+        print_once("note: training and validation data are the same: scores will tell nothing of new recordings")
+    else:
+        note_signal_units(val_set)
     return xyz.to(device), networks, train_set, val_set
 
 
@@ -1756,10 +1819,11 @@ def evaluate(args):
         val = val_set, *open_target(val_set, column, num_values=0)
         train = train_set, *open_target(train_set, column, num_values=2 if len(val[1]) else 0)
         tables = evaluate_regression(model, xyz, dtype, train, val, column, size, folder)
+        draw(folder / "attention.png", plot_attention, model.backbone, xyz, val_set)    # pretraining trains no CLS
     else:
         windows = fixed_windows(val_set, range(len(val_set)), T, spacing=max(T // 4, 1))
         tables = evaluate_reconstruction(model, xyz, dtype, train_set, val_set, windows, size)
-        tables |= evaluate_networks(model, xyz, val_set, windows, networks or [])
+        tables |= evaluate_networks(model, xyz, val_set, windows, networks or [], folder)
         draw(folder / "evaluation.png", plot_evaluation, model, xyz, val_set, windows, tables)
     print_once(markdown(tables))
     if RANK == 0 and tables:

@@ -698,6 +698,39 @@ def test_broken_flags_are_refused_and_named_with_their_value(data, tmp_path, fla
     assert not (tmp_path / "run").exists()
 
 
+BRAIN = sample_data.make_brain(V, np.random.default_rng(0))
+SAMPLE, PLACES = sample_data.make_person(BRAIN, 60, np.random.default_rng(0))[RECORDING_COL], BRAIN["xyz"].T
+ODD = np.vstack([SAMPLE, np.zeros((90, V), np.float32)])
+ODD[::5], ODD[:, 0], ODD[:, 1] = 25, 1000, 0            # outlying values, a constant parcel, one of zeros
+UNITS = {   # recordings to train and to validate on, coordinates, and what the one note says, if there is one
+    "sample data": (SAMPLE, SAMPLE, PLACES, ""),
+    "odd ones, silent ones": (ODD, 0 * SAMPLE + 1000, PLACES, ""),
+    "BOLD": (1000 + 20 * SAMPLE, SAMPLE, PLACES, "train: row 0 has values of about (99|100).*robust_scale"),
+    "tiny": (SAMPLE, SAMPLE / 100, PLACES, "val: row 0 has values of about 0.00.*robust_scale"),
+    "cm": (SAMPLE, SAMPLE, PLACES / 10, "coords: coordinates from -.* to .* MNI millimetres"),
+    "micrometres": (SAMPLE, SAMPLE, 1000 * PLACES, "coords: coordinates .* MNI millimetres"),
+    "voxels": (SAMPLE, SAMPLE, PLACES - PLACES.min(), "coords: coordinates from 0 to .* MNI millimetres")}
+
+
+@pytest.mark.parametrize("train, val, xyz, told", UNITS.values(), ids=UNITS)
+def test_odd_units_are_told_in_one_line(data, tmp_path, train, val, xyz, told):
+    for split, recording in ("train", train), ("val", val):
+        write_dataset(tmp_path / split, {"R": [recording] * 7})
+    write_dataset(tmp_path / "coords", dict(zip("XYZ", map(list, xyz))))
+    shutil.copytree(data / "pretrained", tmp_path / "pretrained")
+    found = re.findall("note: .*", run_here(words("evaluate", tmp_path, None)))
+    assert re.fullmatch(told and f"note: {tmp_path}/{told}.*", "\n".join(found))
+
+
+def test_validating_on_the_training_data_and_too_few_steps_are_told(data, uninterrupted, run, tmp_path):
+    few, same = "note: 6 steps are too few to learn much: raise --max_steps", f"--val_dataset_path={data}/val/../train"
+    found, = re.findall("note: .*", run_here(words("pretrain", data, tmp_path / "new", same, "--max_steps=50")))
+    assert "training and validation data are the same" in found
+    for folder in uninterrupted.values():
+        assert re.findall("note: .*", (folder.parent / "printed").read_text()) == [few]
+    assert "too few" not in run_here(words("pretrain", data, run, "--max_steps=7")), "it was told before"
+
+
 # 11. Checkpoints and the Hugging Face Hub -----------------------------------------------------------------------------
 
 
@@ -947,12 +980,13 @@ def test_networks_are_found_where_states_go_together_and_parcels_without_a_label
     dataset, _ = tiny_dataset(tmp_path / "data", V=13)
     group = torch.arange(13) // 4                       # 3 networks of 4 parcels, and one parcel alone
     stub = types.SimpleNamespace(config=tiny_config(), similarity=lambda *_: (group[:, None] == group)[None].float())
-    table, = brainlm.evaluate_networks(stub, torch.zeros(13, 3), dataset, [(0, 0)], [*"aaaabbbbcccc", None]).values()
+    networks = partial(brainlm.evaluate_networks, stub, torch.zeros(13, 3), dataset, [(0, 0)], folder=tmp_path)
+    table, = networks([*"aaaabbbbcccc", None]).values()
     clusters = {"Rand": 1} if importlib.util.find_spec("sklearn") else {}
     for name in "BrainLM similarity", "BrainLM similarity profile":
         assert table[name] == {"accuracy": 1} | clusters
     assert table["functional connectivity"]["accuracy"] < 1
-    assert brainlm.evaluate_networks(stub, torch.zeros(13, 3), dataset, [(0, 0)], ["a"] + [None] * 12) == {}
+    assert networks(["a"] + [None] * 12) == {}
 
 
 def test_attention_weights_sum_to_one_respect_the_mask_and_are_those_of_training():
@@ -974,6 +1008,27 @@ def test_similar_parcels_are_those_whose_states_go_together():
     lengths = np.linalg.norm(states, axis=1)
     expected = states @ states.T / np.outer(lengths, lengths)
     np.testing.assert_allclose(model.similarity(signal, xyz)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_picture_of_networks_puts_parcels_of_a_network_side_by_side():
+    figure, order = pytest.importorskip("matplotlib.figure").Figure(), [1, 3, 0, 2, 4]
+    first, second = np.random.default_rng(0).random((2, 5, 5))
+    brainlm.plot_networks(figure, ["b$", "a", "b$", "a", "b$"], first, second)
+    for axis, matrix in zip(figure.axes, (first, second)):
+        assert np.array_equal(axis.images[0].get_array(), matrix[order][:, order])
+        ticks = [(tick.get_loc(), tick.label1.get_text()) for tick in axis.xaxis.get_major_ticks()]
+        assert ticks == [(0.5, "a"), (3, "b$")]
+
+
+def test_the_picture_of_attention_shows_each_parcels_share_where_it_lies(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    (dataset, _), model, (_, xyz) = tiny_dataset(tmp_path / "data"), tiny_model(), tiny_input(V=3)
+    brainlm.plot_attention(figure, model, xyz, dataset)
+    weights = model.attention(dataset.batch([(0, 0)], 20), xyz, layer=1)[0, :, 0]            # of the last layer
+    expected = {tuple(xyz[v].tolist()): 100 * weights[:, 1 + v::3].sum().item() / 2 for v in range(3)}
+    views = [axis.collections[0] for axis in figure.axes[:2]]
+    for (x, y), (y_again, z), share in zip(*(view.get_offsets() for view in views), views[0].get_array()):
+        assert y == y_again and expected.pop((x, y, z)) == pytest.approx(share, rel=1e-5)
 
 
 # 13. Devices, and many processes --------------------------------------------------------------------------------------
@@ -1033,8 +1088,8 @@ def assert_same_but_for_rounding(folder, expected):
                                    msg=lambda text: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("command, more", [("pretrain", "--hidden_dropout_prob=0"), ("finetune", "--no-freeze_backbone"),
-                                           ("finetune", "--freeze_backbone")])
+@pytest.mark.parametrize("command, more", [
+    ("pretrain", "--hidden_dropout_prob=0"), ("finetune", "--no-freeze_backbone"), ("finetune", "--freeze_backbone")])
 def test_two_processes_equal_one_of_twice_the_batch(data, tmp_path, command, more):
     first, second = start_two(words(command, data, tmp_path / "two", more))
     run_here(words(command, data, tmp_path / "one", more, "--per_device_train_batch_size", 4))
@@ -1149,10 +1204,12 @@ def test_a_broken_training_state_is_not_resumed(data, run, content):
 
 def test_overwrite_output_dir_starts_anew(data, uninterrupted, tmp_path):
     run = shutil.copytree(uninterrupted["finetune"], tmp_path / "run")
-    (run / "evaluation.json").write_text("{}")
+    of_the_old_model = [run / name for name in ("evaluation.json", "networks.png", "attention.png")]
+    for file in of_the_old_model:
+        file.write_text("{}")
     assert "resuming" not in run_here(words("pretrain", data, run, "--overwrite_output_dir"))
     assert_same_run(run, uninterrupted["pretrain"])
-    assert not (run / "evaluation.json").exists()
+    assert not any(file.exists() for file in of_the_old_model)
 
 
 @pytest.mark.parametrize("name", ["README.md", "brainlm.py", "notes.txt"])
@@ -1253,6 +1310,7 @@ def test_evaluate_sets_the_model_beside_the_baselines_in_two_processes_as_in_one
     assert set(networks) == {"BrainLM similarity", "BrainLM similarity profile", "coordinates",
                              "functional connectivity", "functional connectivity profile"}
     assert all(name in printed for name in (*masked, *forecasting, *networks))
+    assert (one / "networks.png").exists() or "no picture" in printed
     for title, method in [(title, method) for title, table in tables.items() for method in table]:
         assert of_two[title][method] == pytest.approx(tables[title][method], rel=1e-4, abs=1e-5)
 
@@ -1283,7 +1341,7 @@ def test_finetune_and_evaluate_write_the_same_predictions_means_over_each_record
     printed = run_here(words("evaluate", data, None, val, f"--model_name_or_path={run}"))
     assert (run / "predictions.csv").read_text() == text and "1 of 3 recordings have no Age" in printed
     assert json.loads((run / "evaluation.json").read_text())["tables"] == {"Age, 2 validation recordings": table}
-    assert picture.exists() or "no picture" in printed
+    assert picture.exists() and (run / "attention.png").exists() or "no picture" in printed
 
 
 @pytest.mark.parametrize("columns", [{}, {"Age": [None] * 3}, {"Age": [math.nan] * 3}], ids=["absent", "None", "NaN"])
