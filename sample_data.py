@@ -374,17 +374,24 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, val_sh
 
     A subject is what follows sub- in a file's path, else the file's name; all its files go into one split.
     """
+    if not 0 < val_share < 1 or not (tr is None or tr > 0):
+        raise ValueError(f"--val_share {val_share} must lie between 0 and 1, --tr {tr} above 0")
     parcels, people = read_parcels(Path(coords)), read_participants(participants)
+    labels = [str(label) for label in parcels.get("Label", [])]
     nobody = dict.fromkeys(next(iter(people.values()), {}))
     tables = [Path(table).resolve() for table in (coords, participants) if table]
     files = sorted(file for file in Path(input_dir).rglob("*") if file.suffix in (".npy", ".csv", ".tsv")
                    and file.match(pattern) and not file.name.startswith(".") and file.resolve() not in tables)
     rows, repetition_time = [], {"TR": tr} if tr else {}
     for number, file in enumerate(files, start=1):
-        recording = read_series(file)
+        names, recording = read_series(file)
         if recording.shape[1:] != (len(parcels["X"]),):
             raise ValueError(f"{file}: shape {recording.shape}, but {coords} has {len(parcels['X'])} parcels: another "
                              "atlas, an index column, transposed? --pattern picks files by name")
+        if names != labels and sorted(names) == sorted(labels):
+            column = next(i for i in range(len(names)) if names[i] != labels[i])
+            raise ValueError(f"{file}: column #{column + 1} is {names[column]}, but row #{column + 2} of {coords} is "
+                             f"{labels[column]}: bring both into one order")
         if number % 100 == 0:
             print(f"read {number} of {len(files)} files")
         if len(recording) < min_timepoints:
@@ -402,6 +409,8 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, val_sh
     known = sum(subject.removeprefix("sub-") in people for subject in subjects)
     print(f"{len(files)} files fit --pattern {pattern!r}, {len(rows)} of them have {min_timepoints} timepoints; "
           f"{len(subjects)} subjects ({', '.join(subjects[:3])} ...), {known} of them in --participants")
+    if people and subjects and not known:
+        raise ValueError(f"{participants}: participant_id names none of them but {', '.join([*people][:3])} ...")
     if len(subjects) < 2:
         raise ValueError(f"{input_dir}: need .npy, .csv or .tsv files of two subjects, to train and to validate on")
     num_val = min(max(1, round(val_share * len(subjects))), len(subjects) - 1)
@@ -431,10 +440,10 @@ def read_table(file, types=None, header=True):
 
 
 def read_series(file):
-    """A file as float64 [timepoints, parcels], NaN where a value is missing."""
+    """The names in a file's header, [] without one, and float64 [timepoints, parcels], NaN where a value is missing."""
     if file.suffix == ".npy":
         try:
-            return np.load(file).astype(np.float64)
+            return [], np.load(file).astype(np.float64)
         except (EOFError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from None
     table = read_table(file, header=False)
@@ -446,7 +455,7 @@ def read_series(file):
     counts = len(first) > 2 and not header and (np.diff(recording[0]) == 1).all()
     if counts or header and any(re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?", name) for name in first):
         raise ValueError(f"{file}: row #1 is {', '.join(first[:4])} ...: need names that are no numbers, or no names")
-    return recording
+    return first if header else [], recording
 
 
 def read_parcels(file):
