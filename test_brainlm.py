@@ -1542,6 +1542,21 @@ def test_robust_scale_refuses_nan_and_infinity_unless_told_to_write_zeros(value)
     assert np.isfinite(scaled).all() and not scaled[:, 2].any() and scaled[:, 3].any()
 
 
+def test_a_surrogate_keeps_spectra_and_correlations_and_lies_between_two_recordings():
+    recordings = [numbers(50, 4, seed).cumsum(axis=0) for seed in range(2)]
+
+    def drawn(proportion):      # 0: the first recording alone; the random angles are always the same
+        return types.SimpleNamespace(integers=lambda *_, size: [0, 1], uniform=lambda *_: proportion,
+                                     random=np.random.default_rng(0).random)
+    first, second, both = (sample_data.surrogate(recordings, drawn(angle)) for angle in (0, np.pi / 2, np.pi / 3))
+    np.testing.assert_allclose(np.cov(first.T), np.cov(recordings[0].T), rtol=0.05, atol=0.05 * recordings[0].var())
+    power, of_surrogate = (np.abs(np.fft.rfft(x, axis=0))[1:-1] for x in (recordings[0], first))
+    np.testing.assert_allclose(of_surrogate, power, rtol=1e-3)
+    assert abs(np.corrcoef(first[:, 0], recordings[0][:, 0])[0, 1]) < 0.9
+    assert first.dtype == np.float32
+    np.testing.assert_allclose(both, first / 2 + 3 ** 0.5 / 2 * second, atol=1e-5)
+
+
 def test_train_is_written_last_so_that_where_it_is_the_others_are(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(sample_data, "write_dataset", lambda folder, columns: written.append(folder.name))
