@@ -1,11 +1,12 @@
 """BrainLM in one file: a foundation model for brain activity (fMRI), to read, run and trust.
 
-A recording is a matrix of BOLD signals, (timepoints, parcels), e.g. 200 x 424. The model hides
-three quarters of it and learns to fill them in; what it learns on the way predicts age or clinical
-scores. After Ortega Caro et al., BrainLM, ICLR 2024: https://openreview.net/forum?id=RwI7ZEfR27
+A recording is a matrix (timepoints, parcels): for each of, say, 424 regions of a brain the oxygen
+in its blood (BOLD), which follows neural activity by seconds, scaled to median 0, interquartile
+range 1. The model hides three quarters of a window of 200 timepoints and learns to fill them in;
+what it learns predicts age or clinical scores. After Ortega Caro et al., BrainLM, ICLR 2024:
+https://openreview.net/forum?id=RwI7ZEfR27
 
-Part I is the lesson, in the order of the data, sections 1 to 9. It runs alone in a notebook cell.
-Part II is the program around it, sections 10 to 15.
+Part I is the lesson (sections 1 to 9; it runs alone in a notebook cell), Part II the program.
 
 Shapes: B batch, T timepoints, V parcels, P patch length, N = T / P temporal tokens, H hidden size,
 D = H / heads, S = 1 + N * V sequence length. "Temporal token n": the n-th patch of all parcels.
@@ -43,7 +44,7 @@ class BrainLMConfig:
     timepoint_patching_size: int = 20         # P
     hidden_size: int = 128                    # H, width of a token
     num_hidden_layers: int = 4
-    num_attention_heads: int = None           # None: H / 64
+    num_attention_heads: int = None           # None: an even number, about H / 64
     intermediate_size: int = None             # width of the MLP in a layer; None: 4 * H
     hidden_dropout_prob: float = 0.0          # of what a layer adds; above 0 was not tried
     attention_probs_dropout_prob: float = 0.0  # any above 0 rules out the fast kernels on CPUs
@@ -51,8 +52,9 @@ class BrainLMConfig:
     loss_fn: str = "mse"                      # or "mae", which outliers move less
 
     def __post_init__(self):
-        if self.num_attention_heads is None:    # gcd: the number of heads must divide H
-            self.num_attention_heads = math.gcd(self.hidden_size, max(1, self.hidden_size // 64))
+        if self.num_attention_heads is None:    # even: section 9 makes half of them temporal
+            H = self.hidden_size                # gcd: the number of heads must divide H
+            self.num_attention_heads = 2 * math.gcd(H // 2, max(1, H // 128))
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
 
@@ -71,7 +73,7 @@ class TrainingConfig:
     seed: int = 0
 
 
-# Knobs that have no flag.
+# Knobs that have no flag. As the factors of section 9, chosen by the error on other recordings.
 ADAM_BETAS = 0.9, 0.95         # not 0.999: a run of 250 steps has no time to average over 1,000
 MUON_RATE = 3.0                # Muon's learning rate = this times AdamW's; 6 was no better
 MAX_GRADIENT_NORM = 1.0        # longer gradients are cut to this: one odd recording moves little
@@ -93,8 +95,8 @@ def read_arrow(path):
 
 
 def read_coordinates(path):
-    """Parcel centres, float32 [V, 3] in MNI mm, from the columns X, Y, Z of a dataset with a row
-    for each parcel; and the V labels of its column Network, or None where it has none."""
+    """Parcel centres, float32 [V, 3], in mm of MNI space (a standard brain), from columns X, Y, Z
+    of a dataset, a row a parcel; and the V functional systems of its column Network, or None."""
     table = read_arrow(path)
     xyz = np.stack([np.array(table[axis].to_pylist(), dtype=np.float32) for axis in "XYZ"], axis=1)
     networks = table["Network"].to_pylist() if "Network" in table.column_names else None
@@ -131,7 +133,6 @@ class RecordingDataset:
             raise BadInput(f"{self.path}: column {self.recording_col!r}: row {row} has {length} "
                            f"timepoints: there is no window of {T} from timepoint {start} on")
         values = self.values.slice((int(self.starts[row]) + start) * V, T * V)
-        # A recording lies in one chunk of the column, and so does a part of it.
         return values.chunk(0).to_numpy(zero_copy_only=False).reshape(T, V)
 
     def batch(self, windows, num_timepoints):
@@ -156,7 +157,7 @@ def generator(seed, stream, number):
     No draw depends on what was drawn before. So a run that was stopped goes on as if it had not
     been, and any number of processes together draws what one would (dropout in `train` aside)."""
     digest = hashlib.sha256(f"{seed}, {stream}, {number}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))      # 56 bits
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))      # takes 32 bits
 
 
 # --------------------------------------------------------------------------------------------------
@@ -208,10 +209,10 @@ def temporal_encoding(N, hidden_size, device=None):
 # 4. Attention. The sequence is [CLS, all parcels' tokens of patch 0, all parcels' of patch 1, ...]
 
 def block_causal_mask(N, V):
-    """Who may read whom, as a definition: bool [S, S], mask[i, j] = token i may read token j.
-    A parcel reads all parcels of its own and of earlier temporal tokens. CLS (row 0) reads
-    everything, and no parcel reads CLS (column 0): CLS knows the future, and from the second layer
-    on it would hand it back to the past."""
+    """Who may read whom (for tests and pictures): bool [S, S], mask[i, j] = token i may read j.
+    A parcel's token reads all parcels of its own and earlier patches, never of later ones: so one
+    model fills gaps and forecasts. CLS (row 0) reads everything, and no parcel reads CLS (column
+    0): CLS knows the future, and would hand it back to the past from the second layer on."""
     block = torch.arange(N).repeat_interleave(V)                # [N * V]: 0 0 0 1 1 1 ... (V = 3)
     mask = torch.ones(1 + N * V, 1 + N * V, dtype=torch.bool)
     mask[1:, 0] = False
@@ -321,12 +322,12 @@ class BrainLM(nn.Module):
         """signal float [B, T, V], xyz float [V, 3] in mm, mask bool [B, N, V] (True = hidden) or
         None. Returns the reconstruction [B, T, V] and the hidden states [B, S, H], CLS first."""
         V = signal.shape[2]
-        x, position = self.tokens(signal, xyz, mask)                                 # [B, S, H]
+        x, position = self.tokens(signal, xyz, mask)                      # [B, S, H], [S, 2 * H]
         for layer in self.layers:
             x = layer(x, position, V)
-        hidden = self.norm(x)                                                        # [B, S, H]
-        patches = self.head(hidden[:, 1:]).unflatten(1, (-1, V))                     # [B, N, V, P]
-        return unpatchify(patches), hidden
+        states = self.norm(x)                                                        # [B, S, H]
+        patches = self.head(states[:, 1:]).unflatten(1, (-1, V))                     # [B, N, V, P]
+        return unpatchify(patches), states
 
     @torch.no_grad()
     def forecast(self, signal, xyz, num_timepoints):
@@ -347,9 +348,9 @@ class BrainLM(nn.Module):
     def embed(self, signal, xyz):
         """Features for other tools: signal [B, T, V] -> CLS [B, H], which finetuning alone trains,
         and the parcels' mean hidden states over time [B, V, H]."""
-        hidden = self(signal, xyz)[1]                                                # [B, S, H]
-        parcels = hidden[:, 1:].unflatten(1, (-1, signal.shape[2]))                  # [B, N, V, H]
-        return hidden[:, 0], parcels.mean(dim=1)
+        states = self(signal, xyz)[1]                                                # [B, S, H]
+        parcels = states[:, 1:].unflatten(1, (-1, signal.shape[2]))                  # [B, N, V, H]
+        return states[:, 0], parcels.mean(dim=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -361,7 +362,7 @@ def random_mask(B, N, V, mask_ratio, generator=None):
     if num_hidden == 0:
         raise BadInput(f"mask_ratio {mask_ratio} hides none of {N * V} tokens: nothing to learn")
     order = torch.rand(B, N * V, generator=generator).argsort(dim=1)     # B permutations
-    mask = torch.zeros(B, N * V, dtype=torch.bool)
+    mask = torch.zeros(B, N * V, dtype=torch.bool)                       # [B, N * V]
     return mask.scatter_(1, order[:, :num_hidden], True).view(B, N, V)
 
 
@@ -388,17 +389,17 @@ def pretraining_batch(dataset, config, training, samples, step):
     T, V = config.num_timepoints_per_voxel, dataset.num_parcels
     N, B, seed = T // config.timepoint_patching_size, len(samples), training.seed
     stride, random = 1, generator(seed, "stride", step)
-    if torch.rand((), generator=random) < training.stride_prob:     # as if scanned more slowly
+    if torch.rand((), generator=random) < training.stride_prob:     # a slower scan, as rows allow
         stride = min(int(torch.randint(2, 4, (), generator=random)), dataset.lengths.min() // T)
     windows = [dataset.training_window(n, range(len(dataset)), stride * T, seed) for n in samples]
     random = generator(seed, "kind of mask", step)
     if torch.rand((), generator=random) < training.forward_mask_prob:
-        # Earlier patches are hidden as well, some of them: so a window holds several forecasts.
+        # Some earlier patches too, the same in all samples, [N, 1]: several forecasts in a window.
         mask = forward_mask(B, N, V) | (torch.rand(N, 1, generator=random) < FORWARD_HIDDEN)
     else:
         mask = torch.cat([random_mask(1, N, V, config.mask_ratio, generator(seed, "random mask", n))
                           for n in samples])
-    return dataset.batch(windows, stride * T)[:, ::stride], mask
+    return dataset.batch(windows, stride * T)[:, ::stride], mask             # [B, T, V], [B, N, V]
 
 
 def pretraining_loss(model, signal, xyz, mask, loss_fn="mse"):
@@ -413,9 +414,9 @@ def pretraining_loss(model, signal, xyz, mask, loss_fn="mse"):
 class BrainLMRegressor(nn.Module):
     """Backbone and a 3-layer MLP: signal [B, T, V] -> [B], in the target's own units (years, ...).
 
-    The paper's MLP reads CLS alone. Here no parcel reads CLS, so reconstruction never trains it;
-    the MLP also reads the mean and the spread of all parcel tokens. People differ by a few percent
-    of a feature: so `finetune` sets the four buffers by which features and target are standardised.
+    The paper's MLP reads CLS alone. Here no parcel reads CLS, so the pretraining loss never reaches
+    it: the MLP also reads mean and spread of all parcel tokens. People differ by a few percent in
+    these: so `finetune` sets the four buffers, by which features and target get mean 0 and std 1.
     """
 
     def __init__(self, config, target_mean=0.0, target_std=1.0):
@@ -432,8 +433,8 @@ class BrainLMRegressor(nn.Module):
 
     def features(self, signal, xyz):
         """CLS, mean and spread over the parcel tokens: [B, T, V] -> float32 [B, 3 * H]."""
-        hidden = self.backbone(signal, xyz)[1].float()                               # [B, S, H]
-        cls, parcels = hidden[:, 0], hidden[:, 1:]               # [B, H], [B, N * V, H]
+        states = self.backbone(signal, xyz)[1].float()                               # [B, S, H]
+        cls, parcels = states[:, 0], states[:, 1:]               # [B, H], [B, N * V, H]
         return torch.cat([cls, parcels.mean(dim=1), parcels.std(dim=1, correction=0)], dim=1)
 
     def forward(self, signal, xyz):
@@ -455,7 +456,7 @@ def learning_rate_factor(step, num_steps, warmup_ratio):
     warmup = max(1, round(warmup_ratio * num_steps))
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / (num_steps - warmup)                                # 0 to 1
+    progress = (step - warmup) / (num_steps - warmup)                        # from 0 to below 1
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -473,7 +474,7 @@ def make_optimizers(model, learning_rate, weight_decay):
         lr=learning_rate, betas=ADAM_BETAS, fused=True)]
     if in_layers:                               # none where the backbone is frozen
         optimizers.append(Muon([{"params": in_layers, "scale": MUON_RATE}], learning_rate,
-                               weight_decay, adjust_lr_fn="match_rms_adamw"))   # same unit of lr
+                               weight_decay, adjust_lr_fn="match_rms_adamw"))   # steps as AdamW's
     return optimizers
 
 
@@ -481,8 +482,8 @@ def train(model, optimizers, batch_loss, training, num_steps, first_step=0, samp
           num_processes=1):
     """Train the model in place: `for step, loss in train(...)`, from first_step to num_steps.
 
-    It yields between gradient and update: `step` updates are done, and these weights are fit to
-    save or validate, since the next batch's loss and gradient are finite; else BadInput.
+    Before each update it yields: `step` updates are done, the next gradient is finite (else
+    BadInput), these weights are fit to save or validate. sample: number of samples used before.
     batch_loss(model, samples, step) -> scalar loss of the samples with these numbers.
     """
     B, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
@@ -545,7 +546,7 @@ def initial_weights(model):
     #    turns the P columns away from ones (LayerNorm removes the mean over H) and the sinusoid;
     #    where and [MASK] lose their part along them.
     taken = torch.cat([torch.ones(1, H), temporal_encoding(N, H)]).T             # [H, 1 + N]
-    directions = torch.cat([taken, torch.randn(H, P)], dim=1)
+    directions = torch.cat([taken, torch.randn(H, P)], dim=1)                    # [H, 1 + N + P]
     projection = model.patch_projection.weight                                   # [H, P]
     projection.copy_(torch.linalg.qr(directions)[0][:, -P:])
     model.head.weight.copy_(projection.T)
@@ -556,7 +557,7 @@ def initial_weights(model):
     # 3. One patch later: the matrix with next_patch @ when(n) = when(n + 1), which turns each pair
     #    (sine, cosine) of the sinusoid by its own angle.
     sine, cosine = temporal_encoding(2, H)[1].view(-1, 2).T                      # [H / 2] each
-    turns = torch.stack([cosine, sine, -sine, cosine], dim=1).view(-1, 2, 2)
+    turns = torch.stack([cosine, sine, -sine, cosine], dim=1).view(-1, 2, 2)     # [H / 2, 2, 2]
     next_patch = torch.block_diag(*turns)                                        # [H, H]
 
     for layer in model.layers:
@@ -566,8 +567,8 @@ def initial_weights(model):
         nn.init.orthogonal_(query).mul_(0.2)
         key.copy_(query)
 
-        # 5. Hidden tokens have nothing to tell: the bias turns every query away from [MASK]'s key,
-        #    4 long in each head. With D = 64 a key that reaches l along [MASK]'s loses l / 2.
+        # 5. Hidden tokens have nothing to tell: the bias, 4 long in each head, turns all queries
+        #    from [MASK]'s key. At the start that costs a hidden token about 0.3 of its score.
         hidden_key = (key @ model.mask_token).view(heads, -1)                    # [heads, D]
         hidden_key = F.normalize(hidden_key, dim=1).flatten()                    # [H]
         layer.qkv.bias.chunk(3)[0].copy_(-4 * hidden_key)
@@ -591,9 +592,9 @@ def initial_weights(model):
         value.view(heads, D, H)[:, :P] = projection.T[:D]
         nn.init.zeros_(layer.out.weight)
         out = layer.out.weight.view(H, heads, D)[:, :, :P]                       # [H, heads, P]
-        share = 1.2 / (heads * len(model.layers))
-        out[:, 0::2] = share * projection[:, None, :D]
-        out[:, 1::2] = share * (projection @ continuation(P))[:, None, :D]
+        share = 0.6 / len(model.layers)
+        out[:, 0::2] = share / math.ceil(heads / 2) * projection[:, None, :D]
+        out[:, 1::2] = share / max(1, heads // 2) * (projection @ continuation(P))[:, None, :D]
         nn.init.normal_(layer.down.weight, std=0.002)
 
 
@@ -955,9 +956,9 @@ if sys.modules.get("transformers"):
             if mask is None and labels is not None:
                 N = signal.shape[1] // self.config.timepoint_patching_size
                 mask = random_mask(len(signal), N, len(xyz), self.config.mask_ratio).to(signal.device)
-            prediction, hidden = self.model(signal, xyz, mask)
+            prediction, states = self.model(signal, xyz, mask)
             loss = None if labels is None else reconstruction_loss(prediction, labels, mask, self.config.loss_fn)
-            output = MaskedLMOutput(loss=loss, logits=prediction, hidden_states=(hidden,))
+            output = MaskedLMOutput(loss=loss, logits=prediction, hidden_states=(states,))
             return output.to_tuple() if return_dict is False else output
 
     class BrainLMForRegression(BrainLMForPreTraining):

@@ -102,8 +102,8 @@ def tiny_dataset(folder, lengths=(40, 33, 52), V=3):
 # 1. Configuration, 2. data --------------------------------------------------------------------------------------------
 
 
-def test_heads_are_64_wide_where_that_divides_the_hidden_size():
-    assert [BrainLMConfig(hidden_size=H).num_attention_heads for H in (32, 128, 200, 256)] == [1, 2, 1, 4]
+def test_heads_are_64_wide_where_that_makes_an_even_number_of_them():
+    assert [BrainLMConfig(hidden_size=H).num_attention_heads for H in (32, 128, 200, 256)] == [2, 2, 2, 4]
 
 
 def test_windows_are_what_was_written(tmp_path):
