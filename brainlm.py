@@ -1868,11 +1868,11 @@ def command_line():
         if run is finetune:
             flag("--variable_of_interest_col_name", default="Age.At.MHQ", help="column to predict")
             flag("--freeze_backbone", action=argparse.BooleanOptionalAction, default=True,
-                 help="train the MLP head alone")
+                 help="train the MLP head alone; with --no-freeze_backbone try --learning_rate 3e-4")
         flag("--output_dir", default=f"./runs/{run.__name__}",
              help="checkpoints, metrics.jsonl, args.json; a run that was stopped there is resumed")
         flag("--overwrite_output_dir", action="store_true", help="start anew instead")
-        flag("--num_train_epochs", type=float, default=5.0 if run is pretrain else 2.0,
+        flag("--num_train_epochs", type=float, default=5.0 if run is pretrain else 16.0,
              help="one window of each recording is an epoch")
         flag("--max_steps", type=int, help="steps of training, instead of epochs")
         flag("--logging_steps", type=int, default=10, help="steps between progress lines")
@@ -1888,7 +1888,7 @@ def command_line():
                 training.add_argument(f"--{option.name}", type=option.type, default=option.default,
                                       help="(default: %(default)s)")
         if run is finetune:
-            command.set_defaults(learning_rate=1e-3)
+            command.set_defaults(per_device_train_batch_size=8)         # a frozen backbone takes no backward
             continue
 
         model = command.add_argument_group("model", "what they are: BrainLMConfig in brainlm.py; given "

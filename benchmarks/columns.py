@@ -1,6 +1,6 @@
 """Finetuning on every clinical column of the sample data, beside the opponents: one table of R2.
 
-    python benchmarks/columns.py runs/pretrain [--max_steps 50 ...]      # the run to start from; flags of finetune
+    python benchmarks/columns.py runs/pretrain [--max_steps 100 ...]      # the run to start from; flags of finetune
 """
 
 import json
