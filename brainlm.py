@@ -53,8 +53,8 @@ class BrainLMConfig:
 
     def __post_init__(self):
         if self.num_attention_heads is None:    # even: section 9 makes half of them temporal
-            H = self.hidden_size                # gcd: the number of heads must divide H
-            self.num_attention_heads = 2 * math.gcd(H // 2, max(1, H // 128))
+            even = range(2, max(2, self.hidden_size // 64) + 1, 2)
+            self.num_attention_heads = max([n for n in even if self.hidden_size % n == 0], default=2)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
 
@@ -346,8 +346,8 @@ class BrainLM(nn.Module):
 
     @torch.no_grad()
     def embed(self, signal, xyz):
-        """Features for other tools: signal [B, T, V] -> CLS [B, H], which finetuning alone trains,
-        and the parcels' mean hidden states over time [B, V, H]."""
+        """Features for other tools: signal [B, T, V] -> CLS [B, H], which only finetuning with
+        --no-freeze_backbone trains, and the parcels' mean hidden states over time [B, V, H]."""
         states = self(signal, xyz)[1]                                                # [B, S, H]
         parcels = states[:, 1:].unflatten(1, (-1, signal.shape[2]))                  # [B, N, V, H]
         return states[:, 0], parcels.mean(dim=1)
@@ -568,7 +568,7 @@ def initial_weights(model):
         key.copy_(query)
 
         # 5. Hidden tokens have nothing to tell: the bias, 4 long in each head, turns all queries
-        #    from [MASK]'s key. At the start that costs a hidden token about 0.3 of its score.
+        #    from [MASK]'s key. That lowers its score by about 0.3, its weight by a quarter.
         hidden_key = (key @ model.mask_token).view(heads, -1)                    # [heads, D]
         hidden_key = F.normalize(hidden_key, dim=1).flatten()                    # [H]
         layer.qkv.bias.chunk(3)[0].copy_(-4 * hidden_key)
@@ -606,7 +606,7 @@ import argparse
 import csv
 import datetime
 import functools
-import importlib.util
+import importlib
 import io
 import os
 import sys
@@ -715,7 +715,7 @@ def open_coordinates(path):
                 raise BadInput(f"{path}: coordinate {axis} of row (parcel) {row} is {value}")
     xyz, networks = read_coordinates(path)
     low, high = xyz.min().item(), xyz.max().item()
-    # A brain reaches some 110 mm (11 cm) from the origin of MNI space, on all sides; voxel indices are never negative.
+    # A brain reaches at most 110 mm (11 cm) from the origin of MNI space; voxel indices are never negative.
     if low >= 0 or not 12 <= max(-low, high) <= 200:
         print_once(f"note: {path}: coordinates from {low:.4g} to {high:.4g} do not look like MNI millimetres "
                    "(about -110 to 90), and the model needs these to tell which parcels are near each other")
@@ -791,7 +791,7 @@ def note_signal_units(dataset):
         sizes = np.abs(signal[:, (signal != signal[0]).any(axis=0)])
         size = np.median(sizes[sizes > 0]) if sizes.any() else 1
         # Half of a robust-scaled parcel lies in a range of 1 around 0: its median size is at most 1, whatever the
-        # outliers, and usually 0.5. A tenth of that taught nothing in 250 steps (sample data: masked R2 .01, not .18).
+        # outliers, and usually 0.5. A tenth of that taught nothing in 250 steps (60 parcels: masked R2 .01, not .18).
         if not 0.1 <= size <= 10:
             print_once(f"note: {dataset.path}: row {row} has values of about {size:.4g}, where the model expects 1: "
                        "scale each parcel to median 0, interquartile range 1, with robust_scale of sample_data.py")
@@ -808,7 +808,8 @@ def import_optional(package):
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise BadInput(f"this needs the package {package}: pip install {package.split('.')[0]} ({error})") from None
+        name = package.split(".")[0].replace("sklearn", "scikit-learn")
+        raise BadInput(f"this needs the package {name}: pip install {name} ({error})") from None
 
 
 def write_atomically(path, content):
@@ -1163,9 +1164,9 @@ def evaluate_networks(model, xyz, dataset, windows, networks, folder):
     them that get theirs from their nearest neighbours among the others, and, where scikit-learn is installed, the
     adjusted Rand index of the labels and as many clusters (1: the same, about 0: chance). Near is what is alike in the
     model's states, in functional connectivity, in the rows of either (profiles), or in coordinates."""
-    labelled = [parcel for parcel, network in enumerate(networks) if network is not None]
+    labelled = [parcel for parcel, network in enumerate(networks) if network == network is not None]     # nor NaN
     labels, chosen = [networks[parcel] for parcel in labelled], np.ix_(labelled, labelled)
-    if len(labels) < 2:
+    if not 1 < len(set(labels)) < len(labels):          # nothing to find
         return {}
     similarity, connectivity = np.zeros((2, len(networks), len(networks)))
     for window in windows:
@@ -1177,14 +1178,14 @@ def evaluate_networks(model, xyz, dataset, windows, networks, folder):
                "functional connectivity": 1 - connectivity,
                "functional connectivity profile": 1 - correlation(connectivity),
                "coordinates": torch.cdist(xyz, xyz).cpu().numpy()}
-    table = {}
-    for name, distance in methods.items():
-        distance = distance[chosen]
-        table[name] = {"accuracy": knn_accuracy(distance, labels)}
-        if importlib.util.find_spec("sklearn"):
-            cluster, metrics = import_optional("sklearn.cluster"), import_optional("sklearn.metrics")
-            linkage = cluster.AgglomerativeClustering(len(set(labels)), metric="precomputed", linkage="average")
-            table[name]["Rand"] = metrics.adjusted_rand_score(labels, linkage.fit_predict(distance))
+    table = {name: {"accuracy": knn_accuracy(distance[chosen], labels)} for name, distance in methods.items()}
+    try:
+        cluster, metrics = import_optional("sklearn.cluster"), import_optional("sklearn.metrics")
+        linkage = cluster.AgglomerativeClustering(len(set(labels)), metric="precomputed", linkage="average")
+        for name, distance in methods.items():
+            table[name]["Rand"] = metrics.adjusted_rand_score(labels, linkage.fit_predict(distance[chosen]))
+    except BadInput as error:
+        print_once(f"no clusters: {error}")
     return {f"functional networks of {len(labels)} parcels (5 nearest neighbours)": table}
 
 
@@ -1302,16 +1303,17 @@ def markdown(tables):
 
 
 @torch.no_grad()
-def attention_weights(model, signal, xyz, layer):
-    """Attention weights of one layer of a BrainLM (0 is the first), [B, heads, S, S], rows sum to one. Row 0 is CLS:
-    its columns 1.., unflattened to (N, V), say how much it reads each parcel at each temporal token. For looking at: it
-    builds the S x S matrix that training avoids."""
+def attention_weights(model, signal, xyz, layer, rows=slice(None)):
+    """Attention weights of one layer of a BrainLM (0 is the first), [B, heads, S, S] or the rows of it in a slice; they
+    sum to one. Row 0 is CLS: its columns 1.., unflattened to (N, V), say how much it reads each parcel at each temporal
+    token. For looking at: it builds the S x S matrix that training avoids."""
     x, position = model.tokens(signal, xyz)
     for earlier in model.layers[:layer]:
         x = earlier(x, position, signal.shape[2])
     q, k, _ = model.layers[layer].queries_keys_values(x, position)
-    mask = block_causal_mask(signal.shape[1] // model.config.timepoint_patching_size, signal.shape[2]).to(x.device)
-    return (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).masked_fill(~mask, -math.inf).softmax(dim=-1)
+    mask = block_causal_mask(signal.shape[1] // model.config.timepoint_patching_size, signal.shape[2])[rows]
+    scores = q[:, :, rows] @ k.transpose(2, 3) / math.sqrt(q.shape[3])
+    return scores.masked_fill(~mask.to(x.device), -math.inf).softmax(dim=-1)
 
 
 @torch.no_grad()
@@ -1398,7 +1400,7 @@ def plot_networks(figure, networks, similarity, connectivity):
 def plot_attention(figure, model, xyz, dataset):
     """What CLS of a BrainLM reads of each parcel, as a map: one window tells, it hardly differs in others (r 0.98)."""
     signal = dataset.batch([(0, 0)], model.config.num_timepoints_per_voxel).to(xyz.device)
-    weights = model.attention(signal, xyz, layer=-1)[0, :, 0, 1:]                            # [heads, N * V]
+    weights = model.attention(signal, xyz, layer=-1, rows=slice(1))[0, :, 0, 1:]             # [heads, N * V]
     share = 100 * weights.mean(dim=0).view(-1, len(xyz)).sum(dim=0).cpu()                    # [V], %
     order = share.argsort()                             # what is read most is drawn on top
     place = dict(zip("xyz", xyz.cpu()[order].T))
@@ -1614,8 +1616,9 @@ def run_training(args, training, model, folder, xyz, dtype, num_recordings, batc
         raise BadInput(f"--max_steps {num_steps}: {folder.path} has been trained for {first_step} steps already")
     if first_step:
         print_once(f"resuming {folder.path} after step {first_step} of {num_steps}")
-    elif num_steps < 50:        # sample data, pretraining: masked R2 .01 in 25 steps, as before the first; .03 in 50
-        print_once(f"note: {num_steps} steps are too few to learn much: raise --max_steps")
+    elif num_steps * samples_per_step < 100:    # 60 parcels: masked R2 .01 after 50 windows, as before the first
+        print_once(f"note: {num_steps} steps of {samples_per_step} windows are too few to learn much: "
+                   "raise --max_steps")
 
     def save(step):
         folder.save(model, step=step, samples=first_sample + (step - first_step) * samples_per_step,
@@ -1820,17 +1823,18 @@ def evaluate(args):
         val = val_set, *open_target(val_set, column, num_values=0)
         train = train_set, *open_target(train_set, column, num_values=2 if len(val[1]) else 0)
         tables = evaluate_regression(model, xyz, dtype, train, val, column, size, folder)
-        draw(folder / "attention.png", plot_attention, model.backbone, xyz, val_set)    # pretraining trains no CLS
+        picture = folder / "attention.png", plot_attention, model.backbone, xyz, val_set    # pretraining trains no CLS
     else:
         windows = fixed_windows(val_set, range(len(val_set)), T, spacing=max(T // 4, 1))
         tables = evaluate_reconstruction(model, xyz, dtype, train_set, val_set, windows, size)
         tables |= evaluate_networks(model, xyz, val_set, windows, networks or [], folder)
-        draw(folder / "evaluation.png", plot_evaluation, model, xyz, val_set, windows, tables)
+        picture = folder / "evaluation.png", plot_evaluation, model, xyz, val_set, windows, tables
     print_once(markdown(tables))
     if RANK == 0 and tables:
         content = {"dataset": args.val_dataset_path, "tables": tables}
         write_atomically(folder / "evaluation.json", to_json(content, indent=2))
         print_once(f"\nwritten to {folder / 'evaluation.json'}")
+    draw(*picture)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1868,7 +1872,7 @@ def command_line():
         if run is finetune:
             flag("--variable_of_interest_col_name", default="Age.At.MHQ", help="column to predict")
             flag("--freeze_backbone", action=argparse.BooleanOptionalAction, default=True,
-                 help="train the MLP head alone; with --no-freeze_backbone try --learning_rate 3e-4")
+                 help="train the MLP head alone; for all, --no-freeze_backbone, try smaller batches and rates")
         flag("--output_dir", default=f"./runs/{run.__name__}",
              help="checkpoints, metrics.jsonl, args.json; a run that was stopped there is resumed")
         flag("--overwrite_output_dir", action="store_true", help="start anew instead")

