@@ -54,7 +54,7 @@ class BrainLMConfig:
     def __post_init__(self):
         if self.num_attention_heads is None:    # even: section 9 makes half of them temporal
             even = range(2, max(2, self.hidden_size // 64) + 1, 2)
-            self.num_attention_heads = max([n for n in even if self.hidden_size % n == 0], default=2)
+            self.num_attention_heads = max([n for n in even if self.hidden_size % n == 0] + [2])
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
 
