@@ -173,7 +173,8 @@ def main():
         real, sample = map(Path, sys.argv[1:])
         training_picture(assets / "training.png", real)
         shutil.copy(real / "evaluation.png", assets / "evaluation.png")
-        Image.open(sample / "networks.png").convert("RGB").quantize(64).save(assets / "networks.png", optimize=True)
+        networks = Image.open(sample / "networks.png").convert("RGB")
+        networks.quantize(256, Image.Quantize.MAXCOVERAGE).save(assets / "networks.png", optimize=True)
 
 
 if __name__ == "__main__":
