@@ -103,7 +103,7 @@ def tiny_dataset(folder, lengths=(40, 33, 52), V=3):
 
 
 def test_heads_are_64_wide_where_that_makes_an_even_number_of_them():
-    assert [BrainLMConfig(hidden_size=H).num_attention_heads for H in (32, 128, 200, 256)] == [2, 2, 2, 4]
+    assert [BrainLMConfig(hidden_size=H).num_attention_heads for H in (32, 128, 192, 256, 1000)] == [2, 2, 2, 4, 10]
 
 
 def test_windows_are_what_was_written(tmp_path):
@@ -1003,6 +1003,7 @@ def test_attention_weights_sum_to_one_respect_the_mask_and_are_those_of_training
         weights = model.attention(signal, xyz, i)
         torch.testing.assert_close(weights.sum(dim=3), torch.ones(2, 2, 13))
         assert not weights[~block_causal_mask(4, 3).expand_as(weights)].any()
+        torch.testing.assert_close(model.attention(signal, xyz, i, rows=slice(3, 5)), weights[:, :, 3:5])
         q, k, v = layer.queries_keys_values(x, position)
         torch.testing.assert_close(weights @ v, brainlm.block_causal_attention(q, k, v, 3))
         x = layer(x, position, 3)
