@@ -24,6 +24,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import brainlm
 
+torch.set_flush_denormal(True)      # as the commands do
 METHODS = {"ours": "blocks, no mask", "masked": "boolean mask", "reference": "additive mask, attention dropout 0.1"}
 PATCH, BATCH = 20, 2
 
