@@ -46,7 +46,7 @@ class BrainLMConfig:
     num_hidden_layers: int = 4
     num_attention_heads: int = None           # None: an even number, about H / 64
     intermediate_size: int = None             # width of the MLP in a layer; None: 4 * H
-    hidden_dropout_prob: float = 0.0          # of what a layer adds; above 0 was not tried
+    hidden_dropout_prob: float = 0.0          # of what a layer adds; 0.1 gained nothing
     attention_probs_dropout_prob: float = 0.0  # any above 0 rules out the fast kernels on CPUs
     mask_ratio: float = 0.75                  # share of the tokens that a random mask hides
     loss_fn: str = "mse"                      # or "mae", which outliers move less
@@ -73,7 +73,7 @@ class TrainingConfig:
     seed: int = 0
 
 
-# Knobs that have no flag. As the factors of section 9, chosen by the error on other recordings.
+# Knobs that have no flag; like the factors of section 9, they were found by trying.
 ADAM_BETAS = 0.9, 0.95         # not 0.999: a run of 250 steps has no time to average over 1,000
 MUON_RATE = 3.0                # Muon's learning rate = this times AdamW's; 6 was no better
 MAX_GRADIENT_NORM = 1.0        # longer gradients are cut to this: one odd recording moves little
@@ -133,7 +133,7 @@ class RecordingDataset:
             raise BadInput(f"{self.path}: column {self.recording_col!r}: row {row} has {length} "
                            f"timepoints: there is no window of {T} from timepoint {start} on")
         values = self.values.slice((int(self.starts[row]) + start) * V, T * V)
-        return values.chunk(0).to_numpy(zero_copy_only=False).reshape(T, V)
+        return values.chunk(0).to_numpy(zero_copy_only=False).reshape(T, V)  # is in one chunk
 
     def batch(self, windows, num_timepoints):
         """float32 [B, T, V] of the windows [(row, start), ...]."""
@@ -157,7 +157,7 @@ def generator(seed, stream, number):
     No draw depends on what was drawn before. So a run that was stopped goes on as if it had not
     been, and any number of processes together draws what one would (dropout in `train` aside)."""
     digest = hashlib.sha256(f"{seed}, {stream}, {number}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))      # takes 32 bits
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))   # torch takes 32 bits
 
 
 # --------------------------------------------------------------------------------------------------
@@ -294,12 +294,11 @@ class BrainLM(nn.Module):
     def positions(self, xyz, N):
         """Where each parcel is, [V, H], when each temporal token is, [N, H], and both side by side
         for each token of the sequence, [S, 2 * H]. CLS has no place and no time: zeros."""
-        H = self.config.hidden_size
         where = self.spatial_encoding(xyz)                                           # [V, H]
-        when = temporal_encoding(N, H, xyz.device).to(self.cls_token.dtype)          # [N, H]
+        when = temporal_encoding(N, where.shape[1], xyz.device).to(self.cls_token.dtype)  # [N, H]
         of_parcels = torch.cat([where.repeat(N, 1), when.repeat_interleave(len(xyz), dim=0)], dim=1)
-        of_cls = torch.zeros(1, 2 * H, dtype=of_parcels.dtype, device=xyz.device)
-        return where, when, torch.cat([of_cls, of_parcels])
+        of_cls = torch.zeros_like(of_parcels[:1])
+        return where, when, torch.cat([of_cls, of_parcels])    # [V, H], [N, H], [S, 2 * H]
 
     def tokens(self, signal, xyz, mask=None):
         """signal [B, T, V], xyz [V, 3] in mm, mask bool [B, N, V] or None -> the sequence [B, S, H]
@@ -569,9 +568,8 @@ def initial_weights(model):
 
         # 5. Hidden tokens have nothing to tell: the bias, 4 long in each head, turns all queries
         #    from [MASK]'s key. That lowers its score by about 0.3, its weight by a quarter.
-        hidden_key = (key @ model.mask_token).view(heads, -1)                    # [heads, D]
-        hidden_key = F.normalize(hidden_key, dim=1).flatten()                    # [H]
-        layer.qkv.bias.chunk(3)[0].copy_(-4 * hidden_key)
+        hidden_key = F.normalize((key @ model.mask_token).view(heads, D), dim=1)     # [heads, D]
+        layer.qkv.bias.chunk(3)[0].copy_(-4 * hidden_key.flatten())
 
         # 6. Position: again keys equal queries, once for where and once for when, so that a token
         #    reads what is near it; only, keys of temporal heads tell the time of the next patch.
