@@ -423,6 +423,19 @@ def test_the_untrained_model_already_fills_in_and_forecasts(tmp_path):
     assert scores(filling_in.sum(dim=1))["R2"] > 0.05
     assert scores(forecast[:, 0])["R2"] > 0.1           # one timepoint ahead
 
+
+@pytest.mark.parametrize("heads", [2, 3, 4])
+def test_the_start_gives_patches_and_continuations_equal_shares_and_turns_queries_from_hidden_tokens(heads):
+    model = BrainLM(BrainLMConfig(hidden_size=96, num_attention_heads=heads))
+    shares = torch.zeros(2, 20, 20)                     # of spatial and of temporal heads
+    for layer in model.layers:
+        for head, out in enumerate(layer.out.weight.view(96, heads, -1)[:, :, :20].unbind(1)):
+            shares[head % 2] += model.patch_projection.weight.T @ out
+        query_bias, hidden_key = layer.qkv.bias[:96], layer.qkv.weight[96:192] @ model.mask_token
+        assert ((query_bias * hidden_key).view(heads, -1).sum(dim=1) < 0).all()
+    torch.testing.assert_close(shares, 0.6 * torch.stack([torch.eye(20), brainlm.continuation(20)]))
+
+
 # Part II: the program =================================================================================================
 
 # Commands run on tiny data, in this process or, to be killed or in pairs, in processes of their own.
@@ -1263,6 +1276,9 @@ def test_every_setting_is_a_flag_with_the_same_default():
     for option in fields(BrainLMConfig) + fields(TrainingConfig):
         assert told[option.name] == str(option.default)
         assert settings.get(option.name, option.default) == option.default
+    finetuning = brainlm.command_line().parse_args(["finetune"])        # the README's table is measured with these
+    assert finetuning.per_device_train_batch_size == 8 and finetuning.num_train_epochs == 16
+    assert finetuning.freeze_backbone
 
 
 def test_pretrain_leaves_a_complete_run_folder_and_reports_its_progress_and_its_opponents(uninterrupted):
