@@ -1,35 +1,175 @@
-"""The pictures of the README (needs matplotlib):
+"""The pictures of a run and those of the README (needs matplotlib and scikit-learn):
 
-    python benchmarks/pictures.py              # the architecture and the mask
-    python benchmarks/pictures.py runs/hcp runs/pretrain    # and those of two runs that have been evaluated
+    python benchmarks/pictures.py RUN                       # into the run's folder
+    python benchmarks/pictures.py                           # into assets: architecture and mask
+    python benchmarks/pictures.py --readme HCP SAMPLE       # and from these runs' folders the rest
 """
 
+import argparse
+import csv
 import json
 import shutil
 import sys
+import textwrap
+from functools import partial
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from brainlm import block_causal_mask
+import brainlm
 
-WHAT, WHERE, WHEN, HIDDEN, CLS = "#4c8fc4", "#6fb06f", "#e3a44b", "#c9c9c9", "#b07cc0"
-INK, BOX = "0.2", "#f2f4f7"
+try:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+    from PIL import Image
+    from sklearn.cluster import AgglomerativeClustering
+    from sklearn.metrics import adjusted_rand_score
+except ImportError as missing:
+    sys.exit(f"error: {missing}: pip install matplotlib scikit-learn")
+
+plt.rcParams.update({"font.size": 14, "text.parse_math": False})
+# Told apart in grey as well: by darkness, width and markers.
+OURS = {"color": "#a50f15", "linewidth": 2.5, "zorder": 3}
+OTHERS = ({"color": "#4393c3", "marker": "s", "linestyle": "--"},
+          {"color": "0.3", "marker": "^", "linestyle": ":"},
+          {"color": "#e08214", "marker": "D", "linestyle": "-."})
+
+
+def save(figure, path, dpi=110):
+    figure.savefig(path, dpi=dpi, bbox_inches="tight")      # nothing cut off
+    plt.close(figure)
+    print(f"picture in {path}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Of a run
+
+def run_pictures(run):
+    """What the tables of a run say, by its model, evaluation.json and the data that this names."""
+    with brainlm.refusing(f"{run} holds no evaluation.json of a run: brainlm.py evaluate makes it"):
+        evaluation = json.loads((run / "evaluation.json").read_text())
+        args, tables = argparse.Namespace(**evaluation["args"]), evaluation["tables"]
+    # Where a model of the Hub was evaluated the folder holds the results alone.
+    source = run if (run / "config.json").exists() else args.model_name_or_path
+    model = brainlm.from_pretrained(brainlm.nn.Module, source)
+    if isinstance(model, brainlm.BrainLMRegressor):
+        (title,) = tables                       # "Age.At.MHQ, 20 validation recordings"
+        return predictions_picture(run / "predictions.png", run / "predictions.csv",
+                                   title.rpartition(", ")[0])
+    device, autocast = brainlm.prepare_device(args)
+    predict = partial(brainlm.in_batches, batch_size=args.per_device_eval_batch_size,
+                      autocast=autocast)
+    xyz, networks = brainlm.open_coordinates(args.coords_dataset_path)
+    recordings = brainlm.open_recordings(
+        args.val_dataset_path, args.recording_col_name, model.config.num_timepoints_per_voxel,
+        len(xyz), args.max_eval_samples)
+    data = brainlm.Data(xyz.to(device), networks, train=None, val=recordings)
+    model.to(device)
+    evaluation_picture(run / "evaluation.png", model, data, tables, predict)
+    networks_picture(run / "networks.png", model, data, predict)
+
+
+def evaluation_picture(path, model, data, tables, predict):
+    """A window with hidden patches reconstructed, a forecast, and R2 by horizon."""
+    T, P = model.config.num_timepoints_per_voxel, model.config.timepoint_patching_size
+    tasks = list(brainlm.reconstructions(model, data, 1, predict))      # of the first window
+    forecasts = [table for title, table in tables.items() if title.startswith("forecasting")]
+    widths = [1.7] + [1] * (len(tasks) + len(forecasts) - 1)
+    figure, axes = plt.subplots(1, len(widths), width_ratios=widths, squeeze=False,
+                                figsize=(16, 5.5), layout="constrained")
+    for axis, (task, signal, mask, prediction) in zip(axes[0], tasks):
+        shown = np.arange(0 if task == "masked" else max(0, T - 3 * P), T)
+        prediction[~mask.repeat_interleave(P, dim=1)] = np.nan
+        parcels = range(0, len(data.xyz), max(1, len(data.xyz) // 3))[:3]
+        for i, parcel in enumerate(parcels):
+            axis.plot(shown, signal[0, shown, parcel] - 4 * i, color="0.6", linewidth=1.2,
+                      label=None if i else "truth")
+            axis.plot(shown, prediction[0, shown, parcel] - 4 * i, **OURS,
+                      label=None if i else f"BrainLM, {task}")
+        axis.set_yticks([-4 * i for i in range(len(parcels))], parcels)
+        axis.set(xlabel="time (timepoints)", ylabel="parcel (BOLD, 4 interquartile ranges apart)")
+        axis.margins(x=0.02, y=0.15)            # room for the legend
+        axis.legend(loc="upper left", ncols=2, fontsize=12)
+    for table in forecasts:
+        styles = OURS | {"marker": "o"}, *OTHERS        # BrainLM comes first
+        for (name, row), style in zip(table.items(), styles, strict=True):
+            horizons = [h for h in brainlm.HORIZONS if f"R2 at {h}" in row]
+            R2 = np.array([row[f"R2 at {h}"] for h in horizons], dtype=float)
+            axes[0, -1].plot(horizons, R2, **style, label=name)
+        axes[0, -1].axhline(0, color="0.8", zorder=0)
+        axes[0, -1].set(xlabel="horizon (timepoints)", ylabel="R2 of forecasts", ylim=(-0.5, 1))
+        axes[0, -1].legend(loc="upper right", fontsize=12)
+    save(figure, path)
+
+
+def networks_picture(path, model, data, predict):
+    """Similarity and connectivity [V, V] with the parcels of a network side by side. Prints, of
+    each kind of distance, how well as many clusters of parcels agree with the networks."""
+    known = [name == name is not None for name in data.networks or []]          # nor NaN
+    labelled = np.flatnonzero(known)
+    labels = np.array([data.networks[v] for v in labelled], dtype=str)
+    names, sizes = np.unique(labels, return_counts=True)
+    if not 1 < len(names) < len(labels):
+        print("no networks.png: the coordinates tell of no networks")
+        return
+    clusters = AgglomerativeClustering(len(names), metric="precomputed", linkage="average")
+    distances, table = {}, {}
+    for method, distance in brainlm.parcel_distances(model, data, predict).items():
+        distances[method] = distance[np.ix_(labelled, labelled)]
+        rand = adjusted_rand_score(labels, clusters.fit_predict(distances[method]))
+        table[method] = {"Rand": rand}
+    print(brainlm.markdown({"clusters against networks (adjusted Rand index)": table}) + "\n")
+
+    order, ends = np.argsort(labels, kind="stable"), np.cumsum(sizes) - 0.5
+    shown = {method: 1 - distances[method][np.ix_(order, order)]
+             for method in ("BrainLM similarity", "functional connectivity")}
+    least = min(matrix.min() for matrix in shown.values())
+    figure, axes = plt.subplots(1, 2, figsize=(13, 7), sharey=True, layout="constrained")
+    size = min(14, 280 / len(names))
+    for axis, (method, matrix) in zip(axes, shown.items()):
+        image = axis.imshow(matrix, cmap="YlGnBu", vmin=least, vmax=1, interpolation="none")
+        axis.set_title(f"{method}\nadjusted Rand index {table[method]['Rand']:.2f}")
+        axis.set_xticks(ends - sizes / 2, names, rotation=90, fontsize=size)
+        axis.set_yticks(ends - sizes / 2, names, fontsize=size)
+        for end in ends[:-1]:
+            axis.axhline(end, color="black", linewidth=0.7)
+            axis.axvline(end, color="black", linewidth=0.7)
+    figure.colorbar(image, ax=axes, label="correlation, mean over windows", shrink=0.8)
+    save(figure, path)
+
+
+def predictions_picture(path, source, column):
+    """Predictions of a regressor against the truth, and the line on which both are equal."""
+    with open(source, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get(column)]
+    if not rows:
+        print(f"no predictions.png: {source} has no {column} to compare with")
+        return
+    truth = [float({"True": 1, "False": 0}.get(row[column], row[column])) for row in rows]
+    figure, axis = plt.subplots(figsize=(6.5, 6), layout="constrained")
+    axis.scatter(truth, [float(row["prediction"]) for row in rows], s=60, facecolors="none",
+                 edgecolors=OURS["color"], linewidths=2)
+    axis.axline((truth[0], truth[0]), slope=1, color="0.6", linestyle="--", zorder=0)
+    axis.set(xlabel=f"{column}, true", ylabel=f"{column}, predicted")
+    save(figure, path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Of the README
+
+WHAT, WHERE, WHEN, CLS = "#2f6da8", "#86c286", "#f3d9a4", "#7b4a94"     # dark, middle, light, dark
+INK, BOX = "0.15", "#f2f4f7"
 
 
 def architecture_picture(path):
     """From a recording to its reconstruction and to a prediction, with 3 parcels and 4 patches."""
-    figure = plt.figure(figsize=(12.4, 6.0))
+    figure = plt.figure(figsize=(9.6, 4.9))
     axis = figure.add_axes((0, 0, 1, 1))
-    axis.set(xlim=(0, 124), ylim=(0, 60))
+    axis.set(xlim=(0, 124), ylim=(0, 63.3))
     axis.axis("off")
     V, N, P = 3, 4, 20
     random = np.random.default_rng(3)
@@ -40,141 +180,168 @@ def architecture_picture(path):
     signal /= 4 * signal.std(axis=1, keepdims=True)
 
     def text(x, y, words, **style):
-        axis.text(x, y, words, **dict(ha="center", va="center", color=INK, fontsize=10) | style)
+        axis.text(x, y, words, **{"ha": "center", "va": "center", "color": INK, "fontsize": 9.5}
+                  | style)
 
-    def square(x, y, color, width=1.5, height=1.8):
-        axis.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor="white", lw=1))
+    def title(x, y, words):
+        text(x, y, words, weight="bold", fontsize=10.5)
 
-    def box(x, y, width, height, words, color=BOX, **style):
-        axis.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.8",
-                                      facecolor=color, edgecolor="0.6"))
+    def square(x, y, color, height, **style):
+        axis.add_patch(Rectangle((x, y), 3.3, height, facecolor=color, edgecolor="0.3", lw=0.6,
+                                 **style))
+
+    def box(x, y, width, height, words, face=BOX, **style):
+        axis.add_patch(FancyBboxPatch((x, y), width, height, facecolor=face, edgecolor="0.5",
+                                      boxstyle="round,pad=0,rounding_size=0.8"))
         text(x + width / 2, y + height / 2, words, **style)
 
-    def arrow(start, end, **style):
-        axis.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12, color="0.4",
-                                       shrinkA=0, shrinkB=0, **style))
+    def arrow(start, end):
+        axis.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12,
+                                       color="0.3", shrinkA=0, shrinkB=0))
 
-    def curves(x, y, drawn, known):
-        """A line for each parcel, cut into patches; the patches not in `known` are grey, in `drawn` red."""
+    def curves(x, y, drawn):
+        """A line for each parcel, cut into patches; hidden ones are grey, and empty or `drawn`."""
         for v in range(V):
             for n in range(N):
                 left, bottom = x + 6 * n, y - 5.5 * v
-                axis.add_patch(Rectangle((left, bottom - 2.2), 5.7, 4.4, facecolor="white" if known[v, n] else "0.9",
-                                         edgecolor="0.7", lw=0.8))
-                if known[v, n] or drawn:
-                    axis.plot(left + np.linspace(0.2, 5.5, P), bottom + np.clip(
-                        1.6 * signal[v, n * P:(n + 1) * P] * (1 if known[v, n] else 0.75), -2, 2),
-                        color=WHAT if known[v, n] else "#c8443c", lw=1.2)
+                axis.add_patch(Rectangle((left, bottom - 2.2), 5.7, 4.4, edgecolor="0.6", lw=0.8,
+                                         facecolor="0.85" if hidden[v, n] else "white"))
+                if drawn or not hidden[v, n]:
+                    curve = signal[v, n * P:(n + 1) * P] * (1.2 if hidden[v, n] else 1.6)
+                    axis.plot(left + np.linspace(0.2, 5.5, P), bottom + np.clip(curve, -2, 2),
+                              color=OURS["color"] if hidden[v, n] else WHAT, lw=1.3)
 
     # The recording
-    text(14, 57, "recording, cut into patches", weight="bold")
-    curves(2, 50, drawn=False, known=~hidden)
+    title(15, 60.8, "recording, in patches")
+    curves(4, 53.5, drawn=False)
     for v in range(V):
-        text(1.2, 50 - 5.5 * v, f"p{v}", fontsize=8)
+        text(1.9, 53.5 - 5.5 * v, f"p{v}")
     for n in range(N):
-        text(4.9 + 6 * n, 35.2, f"t{n}", fontsize=8)
-    text(14, 32.4, "BOLD over time, a row a parcel;\ngrey patches are hidden", fontsize=8.5, color="0.4")
+        text(6.9 + 6 * n, 38.4, f"t{n}")
+    text(15, 34.2, "BOLD of parcels over time;\non grey: hidden")
 
     # A token
-    arrow((26.5, 44.5), (32, 44.5))
-    text(46.5, 57, "a token is a sum", weight="bold")
-    for y, color, name, source in ((49.6, WHAT, "what", "Linear(patch), or [MASK]"),
-                                   (44.1, WHERE, "where", "Linear(waves of x, y, z)"),
-                                   (38.6, WHEN, "when", "sinusoid of the patch's place")):
-        box(33, y, 8, 4, name, color)
-        text(42.3, y + 2, source, ha="left", fontsize=8.5)
-    text(37, 48.8, "+", fontsize=9)
-    text(37, 43.3, "+", fontsize=9)
+    arrow((28.5, 48), (32, 48))
+    title(48, 60.8, "a token is a sum")
+    for y, color, name, source in ((52.8, WHAT, "what", "Linear(patch), or [MASK]"),
+                                   (46.0, WHERE, "where", "Linear(waves of x, y, z)"),
+                                   (39.2, WHEN, "when", "sinusoid of its place")):
+        box(33, y, 8.5, 4.4, name, color, color="white" if name == "what" else INK)
+        text(42.5, y + 2.2, source, ha="left")
+    text(37.2, 51.6, "+")
+    text(37.2, 44.8, "+")
 
     # The sequence
-    arrow((63.5, 44.1), (69, 44.1))
-    text(94.5, 57, "the sequence: CLS, then all parcels of t0, of t1, ...", weight="bold")
-    square(70, 43.6, CLS, 3.2)
-    text(71.6, 47.2, "CLS", fontsize=8)
+    arrow((68, 48), (71.5, 48))
+    title(97.5, 60.8, "the sequence: CLS, parcels of t0, of t1, ...")
+    square(72.5, 46.6, CLS, 2.4)
+    text(74.2, 51.2, "CLS")
     for n in range(N):
         for v in range(V):
-            square(75 + 12 * n + 3.5 * v, 43.6, HIDDEN if hidden[v, n] else WHAT, 3.2)
-            square(75 + 12 * n + 3.5 * v, 41.9, WHERE, 3.2, 1.4)
-            square(75 + 12 * n + 3.5 * v, 40.6, WHEN, 3.2, 1.0)
-            text(76.6 + 12 * n + 3.5 * v, 47.2, f"p{v}", fontsize=8)
-        text(80.2 + 12 * n, 50.2, f"t{n}", fontsize=9)
-        axis.plot([75 + 12 * n, 85.2 + 12 * n], [48.8, 48.8], color="0.6", lw=1)
+            x = 77.6 + 11.7 * n + 3.6 * v
+            if hidden[v, n]:
+                square(x, 46.6, "white", 2.4, hatch="/////")
+            else:
+                square(x, 46.6, WHAT, 2.4)
+            square(x, 44.4, WHERE, 2.0)
+            square(x, 42.4, WHEN, 1.8)
+            text(x + 1.7, 51.2, f"p{v}")
+        text(82.9 + 11.7 * n, 55.6, f"t{n}")
+        axis.plot([77.6 + 11.7 * n, 88.1 + 11.7 * n], [53.3, 53.3], color="0.5", lw=1)
 
     # The layers
-    arrow((98, 39.8), (98, 33.5))
-    text(74.6, 38.4, "grey: hidden, its what is [MASK]", ha="left", fontsize=8.5, color="0.4")
-    axis.add_patch(FancyBboxPatch((68, 5), 54, 28, boxstyle="round,pad=0,rounding_size=1", facecolor=BOX,
-                                  edgecolor="0.6"))
-    text(95, 30.6, "layers, one after the other", weight="bold")
-    box(94.5, 20.6, 25, 6.6, "attention\nwho reads whom: the mask", "white", fontsize=9)
-    box(94.5, 9.6, 25, 5, "MLP, each token by itself", "white", fontsize=9)
-    arrow((107, 20.5), (107, 14.8))
-    text(94.5, 28.2, "where and when enter each layer anew", ha="left", fontsize=7.5, color="0.4")
-    mask = figure.add_axes((0.583, 0.125, 0.155, 0.336))
-    mask.imshow(block_causal_mask(N, V), cmap="Blues", vmin=0, vmax=1.4)
-    mask.set(xticks=[0, 2, 5, 8, 11], yticks=[0, 2, 5, 8, 11])
-    mask.set_xticklabels(["CLS"] + [f"t{n}" for n in range(N)], fontsize=7)
-    mask.set_yticklabels(["CLS"] + [f"t{n}" for n in range(N)], fontsize=7)
-    mask.tick_params(length=0)
+    arrow((96, 41.6), (96, 35.8))
+    text(98, 38.8, "hatched: what is [MASK]", ha="left")
+    axis.add_patch(FancyBboxPatch((64, 1.5), 58.5, 34, facecolor=BOX, edgecolor="0.5",
+                                  boxstyle="round,pad=0,rounding_size=1"))
+    title(93, 32.8, "layers, one after the other")
+    box(95.5, 19.2, 25.5, 10.6,
+        "attention by the mask;\nwhere and when enter it\nanew in each layer", "white")
+    box(95.5, 5.0, 25.5, 8.0, "MLP, each token\nby itself", "white")
+    arrow((108.2, 19.1), (108.2, 13.2))
+    mask = figure.add_axes((0.578, 0.095, 0.175, 0.175 * 9.6 / 4.9))
+    mask.imshow(brainlm.block_causal_mask(N, V), cmap="Blues", vmin=0, vmax=1.3)
+    mask.set_xticks([0, 2.6, 5, 8, 11], ["CLS"] + [f"t{n}" for n in range(N)], fontsize=9)
+    mask.set_yticks([0, 2, 5, 8, 11], ["CLS"] + [f"t{n}" for n in range(N)], fontsize=9)
+    mask.tick_params(length=0, pad=2)
 
     # The two heads
-    arrow((67.5, 21), (62, 21))
-    box(49.5, 18.5, 12, 5, "head: Linear", fontsize=9)
-    arrow((49, 21), (28, 21))
-    text(38.5, 22.3, "parcel tokens to patches", fontsize=8.5)
-    text(14, 28.6, "reconstruction", weight="bold")
-    curves(2, 24.6, drawn=True, known=~hidden)
-    text(14, 9.6, "red: the loss counts hidden patches alone", fontsize=8.5, color="0.4")
-    arrow((67.5, 8), (62, 6))
-    box(37, 3, 24.5, 5.6, "CLS, mean and spread of the\nparcel tokens: MLP", fontsize=9)
-    arrow((36.5, 5.8), (28, 5.8))
-    text(14, 5.8, "age, a clinical score, ...", weight="bold")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    arrow((63.5, 21.5), (59.5, 21.5))
+    box(45, 18.5, 14, 6, "head: Linear")
+    arrow((44.5, 21.5), (28.8, 21.5))
+    text(36.8, 25.4, "tokens\nto patches")
+    title(15, 29.6, "reconstruction")
+    curves(4, 25, drawn=True)
+    text(15, 9.6, "the loss: on grey alone")
+    arrow((63.5, 5.2), (59.5, 5.2))
+    box(34, 1.7, 25, 7.2, "CLS, mean and spread\nof parcel tokens: MLP")
+    arrow((33.5, 5.2), (28.8, 5.2))
+    title(15, 5.2, "age, a clinical score, ...")
+    save(figure, path, dpi=142)
 
 
 def mask_picture(path, N=4, V=3):
-    figure, axis = plt.subplots(figsize=(4.6, 4.6), layout="constrained")
-    axis.imshow(block_causal_mask(N, V), cmap="Blues", vmin=0, vmax=1.4)
+    """Who may read whom."""
+    figure, axis = plt.subplots(figsize=(6, 6), layout="constrained")
+    axis.imshow(brainlm.block_causal_mask(N, V), cmap="Blues", vmin=0, vmax=1.4)
     names = ["CLS"] + [f"t{t} p{v}" for t in range(N) for v in range(V)]
-    axis.set(title="who reads (rows) whom (columns): blue", xticks=range(len(names)), yticks=range(len(names)))
-    axis.set_xticklabels(names, rotation=90)
-    axis.set_yticklabels(names)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    axis.set_xticks(range(len(names)), names, rotation=90)
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel="token that is read (dark: it may be)", ylabel="token that reads")
+    save(figure, path)
 
 
 def training_picture(path, run):
-    """Loss and validation R2 by step, and where the baselines of the run's last table stand."""
+    """Loss and validation R2 by step, and where the best opponents in the run's tables stand."""
+    tables = list(json.loads((run / "evaluation.json").read_text())["tables"].values())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    left.plot(*zip(*[(line["step"], line["loss"]) for line in lines if "loss" in line]), color="C3")
-    left.set(title="training loss (random and forward masks)", xlabel="step", ylabel="MSE on hidden tokens")
-    tables = list(next(line["tables"] for line in reversed(lines) if "tables" in line).values())
-    for metric, name, table, color in (("masked_R2", "masked patches", tables[0], "C3"),
-                                       ("forecast_R2", "forecast", tables[1], "C0")):
-        points = [(line["step"], line[metric]) for line in lines if metric in line]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    left.plot(*zip(*[(line["step"], line["loss"]) for line in lines if "loss" in line]),
+              color=OURS["color"])
+    left.set(xlabel="step", ylabel="training loss (MSE on hidden tokens)")
+    for task, table, style in (("masked", tables[0], OURS | {"marker": "o"}),
+                               ("forecast", tables[1], OTHERS[0] | {"linestyle": "-"})):
+        points = [(line["step"], line[f"{task}_R2"]) for line in lines if f"{task}_R2" in line]
         points.append((lines[-1]["step"], table["BrainLM"]["R2"]))
-        right.plot(*zip(*points), "o-", color=color, label=f"BrainLM, {name}")
-        rival = max((row["R2"], method) for method, row in table.items() if method != "BrainLM")
-        right.axhline(rival[0], color=color, linestyle="--", label=rival[1])
-    right.set(title="validation R2", xlabel="step")
-    right.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        right.plot(*zip(*points), **style, label=f"BrainLM, {task}")
+        _, opponent, *_ = table                 # the best one comes first
+        right.axhline(table[opponent]["R2"], color=style["color"], label=opponent,
+                      linestyle="--" if task == "masked" else ":")
+    right.set(xlabel="step", ylabel="validation R2")
+    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=12)
+    save(figure, path)
 
 
-def main():
+def readme_pictures(runs):
+    """runs: those of the HCP and the sample data that have been evaluated and drawn, or None."""
     assets = ROOT / "assets"
     assets.mkdir(exist_ok=True)
     architecture_picture(assets / "architecture.png")
     mask_picture(assets / "mask.png")
-    if len(sys.argv) > 1:
-        real, sample = map(Path, sys.argv[1:])
-        training_picture(assets / "training.png", real)
-        shutil.copy(real / "evaluation.png", assets / "evaluation.png")
-        networks = Image.open(sample / "networks.png").convert("RGB")
-        networks.quantize(256, Image.Quantize.MAXCOVERAGE).save(assets / "networks.png", optimize=True)
+    if runs:
+        hcp, sample = runs
+        training_picture(assets / "training.png", hcp)
+        shutil.copy(hcp / "evaluation.png", assets / "evaluation.png")
+        networks = Image.open(sample / "networks.png").convert("RGB")           # smaller with a
+        networks.quantize(256, Image.Quantize.MAXCOVERAGE).save(                # palette
+            assets / "networks.png", optimize=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", type=Path, help="folder of pretrain, finetune, evaluate")
+    parser.add_argument("--readme", nargs=2, type=Path, metavar=("HCP", "SAMPLE"),
+                        help="folders of runs that have been drawn")
+    args = parser.parse_args()
+    try:
+        if args.run:
+            run_pictures(args.run)
+        else:
+            readme_pictures(args.readme)
+    except (brainlm.BadInput, OSError) as error:
+        print("error:", textwrap.shorten(str(error), 500, placeholder=" ..."), file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
