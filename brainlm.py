@@ -35,11 +35,12 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class BrainLMConfig:
-    """What defines a model: the config.json of a run folder. Each field is a flag of `pretrain`."""
-    num_timepoints_per_voxel: int = 200       # T of a training window (names: the published code's)
-    timepoint_patching_size: int = 20         # P
+    """What defines a model: the config.json of a run folder. Each field is a flag of `pretrain`,
+    its comment the help; the names are those of the published code."""
+    num_timepoints_per_voxel: int = 200       # T, timepoints of a window
+    timepoint_patching_size: int = 20         # P, timepoints of a patch
     hidden_size: int = 128                    # H, width of a token
-    num_hidden_layers: int = 4
+    num_hidden_layers: int = 4                # each: attention, then an MLP
     num_attention_heads: int = None           # None: an even number, about H / 64
     intermediate_size: int = None             # width of the MLP in a layer; None: 4 * H
     mask_ratio: float = 0.75                  # share of the parcels that a random mask hides
@@ -62,7 +63,7 @@ class TrainingConfig:
     learning_rate: float = 2e-3               # after warm-up
     weight_decay: float = 0.1                 # of matrices alone
     warmup_ratio: float = 0.05                # share of the steps in which the rate rises
-    seed: int = 0
+    seed: int = 0                             # of all that is random
 
 # Knobs that have no flag; benchmarks/ablations.py shows what each is worth.
 ADAM_BETAS = 0.9, 0.95         # not 0.999: a run of 250 steps has no time to average over 1,000
@@ -591,8 +592,10 @@ import contextlib
 import csv
 import datetime
 import importlib
+import inspect
 import io
 import os
+import re
 import sys
 import textwrap
 import time
@@ -643,19 +646,18 @@ def check_config(config, source=""):
         raise BadInput(f"{source}loss_fn {config.loss_fn} must be mse or mae")
     return config
 
-def is_number(kind):
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
-
 def open_numbers(table, name, path):
-    """A column of scalars as float64 [rows], NaN where a value is missing."""
+    """A column of scalars as float64 [rows], NaN where a value is missing. Text, decimals and
+    booleans are taken where each value is a number."""
     column = read_column(table, name, path)
-    if not (is_number(column.type) or pa.types.is_boolean(column.type)
-            or pa.types.is_null(column.type)):
-        raise BadInput(f"{path}: column {name!r} holds {column.type}, not numbers")
-    numbers = np.array(column.to_pylist(), dtype=np.float64)
-    if np.isinf(numbers).any():
-        row = np.flatnonzero(np.isinf(numbers))[0]
-        raise BadInput(f"{path}: column {name!r}, row {row} is {numbers[row]}")
+    numbers = np.full(len(column), np.nan)
+    for row, value in enumerate(column):
+        with refusing(f"{path}: column {name!r}, row {row} is no number"):
+            value = value.as_py()
+            if str(value).strip().lower() not in ("none", "", "n/a", "na", "nan"):
+                numbers[row] = float(value)
+            if np.isinf(numbers[row]):
+                raise ValueError(f"it is {numbers[row]}")
     return numbers
 
 def open_coordinates(path):
@@ -668,6 +670,11 @@ def open_coordinates(path):
     if len(table) == 0:
         raise BadInput(f"{path} has no rows, of which each is a parcel")
     xyz, networks = read_coordinates(path)
+    for row, name in enumerate(networks or []):
+        if isinstance(name, bytes):
+            networks[row] = name.decode(errors="replace")
+        elif not isinstance(name, (str, int, float, type(None))):
+            raise BadInput(f"{path}: column 'Network', row {row} is {name!r}, no text or number")
     reach = xyz.abs().max().item()      # of a brain: 110 mm; and voxel indices are never negative
     if xyz.min() >= 0 or not 12 <= reach <= 200:
         print(f"note: {path}: coordinates up to {reach:.4g} do not look like MNI millimetres, by "
@@ -679,10 +686,13 @@ def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples
     timepoints; num_parcels: how many there must be (None: as at the first timepoint). BadInput
     names row, timepoint and parcel; a note tells of recordings that are not of order one."""
     where, odd = f"{path}: column {recording_col!r}", []
+    for file in Path(path).glob("*.arrow"):
+        refuse_pointer(file)
     with refusing(f"{where} must hold (timepoints, parcels), lists of lists of numbers"):
         dataset = RecordingDataset(path, recording_col, max_samples)
-        if not is_number(dataset.values.type):
-            raise TypeError(f"there are {dataset.values.type}")
+        kind = dataset.values.type
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+            raise TypeError(f"there are values of {kind}")
     if len(dataset) == 0:
         raise BadInput(f"{path} has no rows, of which each is a recording")
     widths = pc.list_value_length(dataset.timepoints).fill_null(0).to_numpy()
@@ -703,14 +713,26 @@ def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples
             t, v = broken[0]
             raise BadInput(f"{where}, row {row}, timepoint {t}, parcel {v} is {signal[t, v]}: "
                            "repair it or leave the row out")
-        if signal.any():                        # robust-scaled: about 0.5, but for parcels of zeros
-            size = np.median(np.abs(signal[signal != 0]))
-            odd += [(row, size)] * (not 0.1 <= size <= 10)
+        if odd_units(signal):
+            odd.append(f"row {row} has {odd_units(signal)}")
     if odd:
-        row, size = odd[0]
-        print(f"note: {path}: {len(odd)} recordings have odd units: row {row} has values of about "
-              f"{size:.4g}, the model expects 1: robust_scale of sample_data.py scales each parcel")
+        print(f"note: {path}: {len(odd)} recordings are in odd units: {odd[0]}; robust_scale of "
+              "sample_data.py brings each parcel to median 0, interquartile range 1")
     return dataset
+
+def odd_units(signal):
+    """What is odd about the values of a recording [T, V], in words, or "". Parcels of zeros, which
+    have no signal, do not count."""
+    signal = signal[:, signal.any(axis=0)].astype(np.float32)
+    if signal.size == 0:
+        return ""
+    size = np.median(np.abs(signal))            # about 0.5 where each parcel is robust-scaled
+    offset, spread = np.median(np.abs(signal.mean(axis=0))), np.median(signal.std(axis=0))
+    if not 0.1 <= size <= 10:
+        return f"values of about {size:.4g}, where the model expects 1"
+    if offset > 2 * spread:
+        return f"parcels that vary by {spread:.4g} around values of about {offset:.4g}"
+    return ""
 
 def evenly(items, most):
     """At most so many of the items, evenly spaced."""
@@ -753,6 +775,12 @@ def to_json(content, indent=None):
     without = json.loads(json.dumps(content), parse_constant=lambda name: None)
     return json.dumps(without, indent=indent) + "\n"
 
+def refuse_pointer(file):
+    """Of large files git may hold but a few lines that tell where they are."""
+    with contextlib.suppress(OSError):
+        if open(file, "rb").read(12) == b"version http":
+            raise BadInput(f"{file} is a pointer of Git LFS, not the file: git lfs pull gets it")
+
 def save_pretrained(model, folder):
     """Write a model as a folder that from_pretrained and the Hugging Face Hub can read."""
     folder = Path(folder)
@@ -784,7 +812,7 @@ def from_pretrained(model_class, name_or_path, **changes):
     folder = model_folder(name_or_path)
     file = folder / "config.json"
     with refusing(f"{file} is missing or not of a BrainLM"):
-        saved = json.loads(file.read_text())
+        saved = json.loads(file.read_text(encoding="utf-8"))
         missing = {"model_class", *asdict(BrainLMConfig())} - set(saved)
         if missing:
             raise BadInput(f"{file} lacks {', '.join(sorted(missing))}: it is of another version")
@@ -800,12 +828,17 @@ def from_pretrained(model_class, name_or_path, **changes):
     model, file = saved_class(config), folder / "pytorch_model.bin"
     if (folder / "model.safetensors").exists():         # of two, the one that transformers takes
         file = folder / "model.safetensors"
+    if (folder / "model.safetensors.index.json").exists():
+        raise BadInput(f"{folder} holds weights in several files: save_pretrained with a larger "
+                       "max_shard_size makes one")
+    refuse_pointer(file)
     with refusing(f"{file} is missing, cut or not the weights of this {saved_class.__name__}"):
         if file.suffix == ".bin":
             weights = torch.load(file, map_location="cpu", weights_only=True)
         else:                                   # an `import` would be a requirement of the Hub's
             weights = importlib.import_module("safetensors.torch").load_file(file)
-        model.load_state_dict({name.removeprefix("model."): weights[name] for name in weights})
+        wrapped = re.compile(r"^((module|_orig_mod|model)\.)+")      # by DDP, compile, the Hub
+        model.load_state_dict({wrapped.sub("", name): weights[name] for name in weights})
     return (model if isinstance(model, model_class) else model.backbone).eval()
 
 MODELS = {"BrainLM": BrainLM, "BrainLMRegressor": BrainLMRegressor}
@@ -828,7 +861,7 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
     class BrainLMHubModel(PreTrainedModel):
         """What AutoModel gives and Trainer trains. Its `model` is a BrainLM or BrainLMRegressor."""
         config_class, base_model_prefix, main_input_name = BrainLMHubConfig, "model", "signal"
-        supports_gradient_checkpointing = True
+        supports_gradient_checkpointing = _supports_sdpa = True
         accepts_loss_kwargs = False             # Trainer divides by the accumulation steps
         _keep_in_fp32_modules_strict = ["feature_mean", "feature_std", "target_mean", "target_std"]
 
@@ -845,16 +878,31 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
         def _init_weights(self, module):
             """Nothing to add: BrainLM initialises itself."""
 
+        @classmethod
+        def from_pretrained(cls, *names, output_loading_info=False, **settings):
+            """As transformers', but what it would leave uninitialised is refused."""
+            model, info = super().from_pretrained(*names, output_loading_info=True, **settings)
+            missing = [*info["missing_keys"], *info["mismatched_keys"]]
+            if missing:
+                raise BadInput(f"{names[0]} lacks weights of this model, or has others: "
+                               f"{missing[0]}")
+            return (model, info) if output_loading_info else model
+
         def __getattr__(self, name):
             if name in ("embed", "forecast", "attention", "similarity"):
                 return getattr(getattr(self.model, "backbone", self.model), name)
             return super().__getattr__(name)
 
         def forward(self, signal, xyz, mask=None, labels=None, return_dict=None, **others):
-            """signal [B, T, V], xyz [V, 3], one for the batch, mask bool [B, N, V]. labels add a
-            loss: the signal itself, over what the mask hides (without one: a random mask's tokens);
-            for a regressor the target, [B]. others: what pipelines and Trainer pass besides."""
+            """signal [B, T, V], xyz [V, 3] or, as what splits batches needs it, the same B times,
+            [B, V, 3], mask bool [B, N, V]. labels add a loss: the signal itself, over what the mask
+            hides (without one: a random mask's tokens); for a regressor the target, [B]. others:
+            what pipelines and Trainer pass besides."""
             loss = states = None
+            if xyz.dim() == 3:
+                if (xyz != xyz[:1]).any():
+                    raise BadInput("xyz [B, V, 3]: a batch must be of one atlas")
+                xyz = xyz[0]
             if isinstance(self.model, BrainLMRegressor):
                 prediction = self.model(signal, xyz)                                 # [B]
                 if labels is not None:
@@ -1144,6 +1192,7 @@ def markdown(tables):
     """The tables as Markdown, for the terminal and for the model card."""
     lines = []
     for title, table in tables.items():
+        title = title.replace("|", "\\|")       # a bar in a column's name
         width = max(map(len, [title, *table]))
         columns = next(iter(table.values()))
         lines += ["", f"| {title:<{width}} |" + "".join(f"{name:>10} |" for name in columns),
@@ -1207,9 +1256,11 @@ BrainLM.attention, BrainLM.similarity = attention, similarity
 # --------------------------------------------------------------------------------------------------
 # 13. Devices, many processes, and the data of a command
 
-RANK = int(os.environ.get("RANK", 0))           # torchrun sets them
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LAUNCHED = all(os.environ.get(name) for name in         # by torchrun; one left over is nothing
+               ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+RANK, LOCAL_RANK, WORLD_SIZE = (
+    int(os.environ[name]) if LAUNCHED else alone
+    for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
 def prepare_device(args):
     """The device, where --device auto is the fastest there is, and a function that makes the
@@ -1220,8 +1271,10 @@ def prepare_device(args):
     name = args.device
     if name == "auto":
         name = next(kind for kind in available if available[kind])
-    if not available[name]:
+    if not available.get(name):
         raise BadInput(f"--device {name}: this machine or this build of torch has none")
+    if args.dtype not in ("auto", "float32", "bfloat16"):
+        raise BadInput(f"--dtype {args.dtype} must be auto, float32 or bfloat16")
     if name == "cuda":
         torch.cuda.set_device(LOCAL_RANK)               # which "cuda" means from here on
     if WORLD_SIZE > 1:
@@ -1254,6 +1307,12 @@ def open_data(args, T, device):
     if Path(args.train_dataset_path).resolve() == Path(args.val_dataset_path).resolve():
         print("note: training and validation data are the same: scores will tell nothing of new "
               "recordings")
+    both = set.intersection(*(
+        set(dataset.table["Subject"].to_pylist() if "Subject" in dataset.table.column_names else ())
+        for dataset in (train_set, val_set)))
+    if both:
+        print(f"note: {len(both)} people of column Subject are in training and in validation, such "
+              f"as {min(map(str, both))}: scores tell nothing of new people")
     return Data(xyz.to(device), networks, train_set, val_set)
 
 def open_targets(data, column, required):
@@ -1302,7 +1361,7 @@ def read_state(args, config):
 def settings_of(config_class, args):
     """Those fields of a BrainLMConfig or TrainingConfig that the command has flags for."""
     return {option.name: getattr(args, option.name) for option in fields(config_class)
-            if option.name in args}
+            if getattr(args, option.name, None) is not None}
 
 def run_training(args, model, data, num_recordings, batch_loss, autocast, predict):
     """The loop of Part I, and around it resuming, progress, validation, checkpoints and, at the
@@ -1388,19 +1447,21 @@ def run_training(args, model, data, num_recordings, batch_loss, autocast, predic
             losses.clear()
     save(num_steps)
     tables, prediction = evaluate_model(model, data, predict)
-    report(args, folder, data, tables, prediction)
-    if RANK == 0:
-        write_atomically(folder / "README.md", model_card(model, data.train, num_steps, tables))
+    report(args, folder, data, tables, prediction,
+           model_card(model, data.train, num_steps, tables))
     print(f"\nthe model is in {folder}")
 
-def report(args, folder, data, tables, prediction):
-    """Print the tables and leave evaluation.json and a regressor's predictions.csv in a folder."""
-    print(markdown(tables))
+def report(args, folder, data, tables, prediction, card=""):
+    """Print the tables and leave evaluation.json, what there is of a card and, of a regressor,
+    predictions.csv in a folder: the results first, what could fail last."""
+    print(markdown(tables), flush=True)
     if RANK > 0:
         return
     if tables:                                  # none: nobody has a target, the older ones stay
         content = to_json({"args": vars(args), "tables": tables}, indent=2)
         write_atomically(folder / "evaluation.json", content)
+    if card:
+        write_atomically(folder / "README.md", card)
     if prediction is not None:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(prediction_lines(data.val, prediction))
@@ -1408,16 +1469,22 @@ def report(args, folder, data, tables, prediction):
         print(f"predictions in {folder / 'predictions.csv'}")
 
 def prediction_lines(dataset, prediction):
-    """The lines of predictions.csv: of each recording its row, what scalars the dataset has, and
-    the prediction."""
-    columns = {"row": range(len(dataset))}
-    for name in dataset.table.column_names:
+    """The lines of predictions.csv: of each recording its row, what of the dataset's columns can be
+    text, and the prediction. A name that the dataset has already is its own."""
+    taken, columns = dataset.table.column_names, {}
+    columns["row" if "row" not in taken else "brainlm_row"] = range(len(dataset))
+    for name in taken:
         column = dataset.table[name]
-        if pa.types.is_dictionary(column.type):
-            column = pc.cast(column, column.type.value_type)
-        if not pa.types.is_nested(column.type) and name != dataset.recording_col:
-            columns[name] = column.to_pylist()
-    columns["prediction"] = prediction.tolist()
+        if name == dataset.recording_col:
+            continue
+        try:
+            if pa.types.is_dictionary(column.type):
+                column = column.cast(column.type.value_type)
+            columns[name] = column.cast(pa.string()).to_pylist()
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            print(f"note: predictions.csv leaves out column {name!r}: {column.type} is no text")
+    columns["prediction" if "prediction" not in taken else "brainlm_prediction"] = (
+        prediction.tolist())
     return [list(columns), *zip(*columns.values())]
 
 def model_card(model, dataset, num_steps, tables):
@@ -1471,7 +1538,8 @@ def pretrain(args):
 
 def finetune(args):
     """Learn to predict a scalar of each recording."""
-    backbone = BrainLM.from_pretrained(args.model_name_or_path)
+    settings = settings_of(BrainLMConfig, args)
+    backbone = BrainLM.from_pretrained(args.model_name_or_path, **settings)
     device, autocast = prepare_device(args)
     T = backbone.config.num_timepoints_per_voxel
     data = open_data(args, T, device)
@@ -1502,12 +1570,13 @@ def finetune(args):
 
 def evaluate(args):
     """Tables as in the paper, of a checkpoint on any dataset, each number beside its opponents'."""
-    source = model_folder(args.model_name_or_path)
-    folder = Path(args.model_name_or_path)
-    if source != folder:                        # a model of the Hub
-        folder = Path("runs", folder)
-        folder.mkdir(parents=True, exist_ok=True)
-    model = from_pretrained(nn.Module, source)
+    source = folder = model_folder(args.model_name_or_path)
+    if args.output_dir:
+        folder = Path(args.output_dir)
+    elif source != Path(args.model_name_or_path):       # a model of the Hub
+        folder = Path("runs", args.model_name_or_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = from_pretrained(nn.Module, source, **settings_of(BrainLMConfig, args))
     device, autocast = prepare_device(args)
     model.to(device)
     data = open_data(args, model.config.num_timepoints_per_voxel, device)
@@ -1516,7 +1585,7 @@ def evaluate(args):
         if column is None:
             with refusing(f"{source / 'args.json'} does not say what the model predicts: give "
                           "--variable_of_interest_col_name"):
-                trained = json.loads((source / "args.json").read_text())
+                trained = json.loads((source / "args.json").read_text(encoding="utf-8"))
                 column = trained["variable_of_interest_col_name"]
         open_targets(data, column, required=False)
     predict = partial(in_batches, batch_size=args.per_device_eval_batch_size, autocast=autocast)
@@ -1524,73 +1593,122 @@ def evaluate(args):
     report(args, folder, data, tables, prediction)
     print(f"\nresults in {folder}; pictures of them: python benchmarks/pictures.py {folder}")
 
+@dataclass
+class DataConfig:
+    """What every command takes. As in Part I, fields are flags, and their comments the help."""
+    train_dataset_path: str = None            # training recordings; None: ./sample_data/train
+    val_dataset_path: str = None              # validation recordings; None: ./sample_data/val
+    coords_dataset_path: str = None           # parcels' X, Y, Z in mm; None: ./sample_data/coords
+    recording_col_name: str = "Voxelwise_RobustScaler_Normalized_Recording"  # (timepoints, parcels)
+    max_train_samples: int = None             # use only the first training recordings
+    max_eval_samples: int = None              # use only the first validation recordings
+    model_name_or_path: str = None            # start from this run folder, or user/name on the Hub
+    output_dir: str = None                    # what comes out; a run that was stopped goes on there
+    device: str = "auto"                      # cpu, cuda, mps; auto: the fastest there is
+    dtype: str = "auto"                       # float32, bfloat16; auto: bfloat16 on CUDA alone
+    per_device_eval_batch_size: int = 8       # windows to evaluate at once
+
+@dataclass
+class RunConfig:
+    """What pretrain and finetune take besides."""
+    num_train_epochs: float = 5.0             # an epoch is one window of each recording
+    max_steps: int = None                     # steps of training, instead of epochs
+    logging_steps: int = 10                   # steps between lines of progress
+    eval_steps: int = 100                     # steps between validations; 0: only at the end
+    save_steps: int = 50                      # steps between checkpoints
+    overwrite_output_dir: bool = False        # start anew in that folder
+    compile: bool = False                     # torch.compile; no GPU has run it yet
+    gradient_checkpointing: bool = False      # less memory, a third more time
+
+@dataclass
+class TargetConfig:
+    """What finetune and evaluate take besides."""
+    variable_of_interest_col_name: str = None  # column of numbers to predict
+    num_timepoints_per_voxel: int = None      # timepoints of a window; None: as in pretraining
+
+@dataclass
+class HeadConfig:
+    """What finetune takes besides."""
+    freeze_backbone: bool = True              # train the MLP head alone
+
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
 
+def comments_of(config_class):
+    """{field: the comment behind it}; {} where this file is no file."""
+    with contextlib.suppress(OSError, TypeError):
+        return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), re.M))
+    return {}
+
 def command_line():
-    """The flags, named as in the reference implementation where it has them."""
-    parser = OneLineParser(prog="brainlm.py", description="BrainLM in one file")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for run in pretrain, finetune, evaluate:
-        command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__,
-                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        flag = command.add_argument
-        flag("--train_dataset_path", default="./sample_data/train", help="training recordings")
-        flag("--val_dataset_path", default="./sample_data/val", help="validation recordings")
-        flag("--coords_dataset_path", default="./sample_data/coords", help="parcels' X, Y, Z in mm")
-        flag("--recording_col_name", default="Voxelwise_RobustScaler_Normalized_Recording",
-             help="column of (timepoints, parcels) recordings")
-        flag("--max_train_samples", type=int, help="use only the first training recordings")
-        flag("--max_eval_samples", type=int, help="use only the first validation recordings")
-        flag("--model_name_or_path", default=None if run is pretrain else "./runs/pretrain",
-             help="start from the weights in this run folder or on the Hub")
-        flag("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="to run on")
-        flag("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-             help="auto: bfloat16 on CUDA, else float32")
-        flag("--per_device_eval_batch_size", type=int, default=8, help="windows at once")
-        if run is not pretrain:
-            flag("--variable_of_interest_col_name", help="column to predict",
-                 default="Age.At.MHQ" if run is finetune else None)
-        if run is evaluate:
-            continue
-
-        flag("--output_dir", default=f"./runs/{run.__name__}", help="of the run; resumes one")
-        flag("--overwrite_output_dir", action="store_true", help="start anew instead")
-        flag("--num_train_epochs", type=float, default=5.0 if run is pretrain else 16.0,
-             help="one window of each recording is an epoch")
-        flag("--max_steps", type=int, help="steps of training, instead of epochs")
-        flag("--logging_steps", type=int, default=10, help="steps between progress lines")
-        flag("--eval_steps", type=int, default=100 if run is pretrain else 50,
-             help="steps between validations; 0: only at the end")
-        flag("--save_steps", type=int, default=50, help="steps between checkpoints")
-        flag("--compile", action="store_true", help="torch.compile: no GPU has run it yet")
-        flag("--gradient_checkpointing", action="store_true", help="less memory, slower")
-        for option in fields(TrainingConfig):
-            flag(f"--{option.name}", type=option.type, default=option.default,
-                 help="see TrainingConfig")
-        if run is finetune:
-            command.set_defaults(per_device_train_batch_size=8)
-            flag("--freeze_backbone", action=argparse.BooleanOptionalAction, default=True,
-                 help="train the MLP head alone; if not, try smaller batches and rates")
-            continue
-
-        for option in fields(BrainLMConfig):    # if not given, what --model_name_or_path has
-            flag(f"--{option.name}", type=option.type, default=argparse.SUPPRESS,
-                 help=f"see BrainLMConfig (default: {option.default})")
-        for name in "hidden_dropout_prob", "attention_probs_dropout_prob":      # the reference's
-            flag(f"--{name}", type=float, choices=[0.0, 0.1], help=argparse.SUPPRESS)
+    """The flags are the fields of dataclasses, named as in the reference implementation."""
+    parser = OneLineParser(
+        prog="brainlm.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=(
+            "BrainLM in one file. Without flags, on the sample data (which pretrain makes):\n"
+            "  python brainlm.py pretrain      learn to fill in and to forecast, 3 minutes\n"
+            "  python brainlm.py finetune      then to predict people's age\n"
+            "  python brainlm.py evaluate      tables of the pretrained model and simple methods\n"
+            "The flags of a command, for own data: python brainlm.py COMMAND --help"))
+    commands = parser.add_subparsers(dest="command")
+    for run, groups in ((pretrain, (DataConfig, BrainLMConfig, TrainingConfig, RunConfig)),
+                        (finetune, (DataConfig, TargetConfig, HeadConfig, TrainingConfig,
+                                    RunConfig)),
+                        (evaluate, (DataConfig, TargetConfig))):
+        command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        for config_class in groups:
+            group, comments = command.add_argument_group(), comments_of(config_class)
+            for option in fields(config_class):
+                default = DEFAULTS[run.__name__].get(option.name, option.default)
+                flag = {"type": option.type, "default": default}
+                if option.type is bool:
+                    flag = {"action": argparse.BooleanOptionalAction, "default": default}
+                if config_class is BrainLMConfig:       # not given: what --model_name_or_path has
+                    flag["default"] = argparse.SUPPRESS
+                group.add_argument(f"--{option.name}", **flag,
+                                   help=f"{comments.get(option.name)} (default: {default})")
+    for name in "hidden_dropout_prob", "attention_probs_dropout_prob":          # the reference's
+        commands.choices["pretrain"].add_argument(f"--{name}", type=float, choices=[0.0, 0.1],
+                                                  help=argparse.SUPPRESS)
     return parser
 
-def main(arguments=None):
-    args = command_line().parse_args(arguments)
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")              # rank 0 speaks for all
+DEFAULTS = {"pretrain": {"output_dir": "./runs/pretrain"},      # where a command has its own
+            "finetune": {"output_dir": "./runs/finetune", "num_train_epochs": 16.0,
+                         "eval_steps": 50, "variable_of_interest_col_name": "Age.At.MHQ",
+                         "per_device_train_batch_size": 8},     # frozen, a backbone takes little
+            "evaluate": {}}
+DEMO = {"train_dataset_path": "./sample_data/train", "val_dataset_path": "./sample_data/val",
+        "coords_dataset_path": "./sample_data/coords", "model_name_or_path": "./runs/pretrain"}
+
+def parse(arguments=None):
+    """The flags of a command. Paths that are not given are the demo's: all of them or none, lest
+    own recordings meet the demo's coordinates, people or model, which may fit by chance."""
+    parser = command_line()
+    args = parser.parse_args(arguments)
+    if args.command is None:
+        parser.print_help()
+        sys.exit(2)
+    paths = [name for name in DEMO if (args.command, name) != ("pretrain", "model_name_or_path")]
+    missing = [name for name in paths if getattr(args, name) is None]
+    if 0 < len(missing) < len(paths):
+        raise BadInput(f"give {', '.join('--' + name for name in missing)} too: own paths and the "
+                       "demo's do not mix")
+    for name in missing:
+        setattr(args, name, DEMO[name])
     for name in "hidden_dropout_prob", "attention_probs_dropout_prob":
         if vars(args).pop(name, None) is not None:
             print(f"note: --{name} does nothing here: there is no dropout, which gained nothing")
+    check_numbers(vars(args))
+    return args
+
+def main(arguments=None):
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):              # a console may lack letters of a column
+            stream.reconfigure(errors="replace")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")              # rank 0 speaks for all
     try:
-        check_numbers(vars(args))
+        args = parse(arguments)
         {"pretrain": pretrain, "finetune": finetune, "evaluate": evaluate}[args.command](args)
     except (BadInput, OSError) as error:                # OSError: a folder that cannot be written
         print("error:", textwrap.shorten(str(error), 500, placeholder=" ..."), file=sys.stderr)
