@@ -601,6 +601,7 @@ import textwrap
 import time
 from dataclasses import asdict, fields
 from functools import partial
+from typing import Callable
 
 import torch.distributed as dist
 
@@ -937,6 +938,8 @@ class Data:
     column: str = None                          # for a BrainLMRegressor: the name of the target
     target: np.ndarray = None                   # and its values, float64 [rows] of train,
     val_target: np.ndarray = None               # of val, NaN where there is none
+    batch_size: int = 8                         # windows to evaluate at once
+    autocast: Callable = contextlib.nullcontext  # the context of a batch: bfloat16, or none
 
 def fixed_windows(dataset, rows, T):
     """[(row, start), ...]: windows side by side, and one at the very end of each recording."""
@@ -947,11 +950,11 @@ def fixed_windows(dataset, rows, T):
     return windows
 
 @torch.no_grad()
-def in_batches(function, *tensors, batch_size=8, autocast=contextlib.nullcontext):
-    """function(*tensors) in float32 on the CPU, a few rows of the tensors at a time."""
+def in_batches(data, function, *tensors):
+    """function(*tensors) in float32 on the CPU, data.batch_size rows of the tensors at a time."""
     outputs = []
-    for batch in zip(*(tensor.split(batch_size) for tensor in tensors)):
-        with autocast():
+    for batch in zip(*(tensor.split(data.batch_size) for tensor in tensors)):
+        with data.autocast():
             outputs.append(function(*batch).float().cpu())
     return torch.cat(outputs)
 
@@ -970,7 +973,7 @@ def some_windows(dataset, T, most):
     """At most so many fixed windows of a dataset, float32 [B, T, V]."""
     return dataset.batch(evenly(fixed_windows(dataset, range(len(dataset)), T), most), T)
 
-def reconstructions(model, data, most, predict):
+def reconstructions(model, data, most):
     """Yield of each task, "masked" patches and "forecast": its name, windows [B, T, V], what is
     hidden of them, bool [B, N, V], and what a BrainLM makes of the rest, [B, T, V]."""
     config = model.config
@@ -982,25 +985,25 @@ def reconstructions(model, data, most, predict):
     if T - P >= max(P, 2):                      # else there is too little to go on from
         masks["forecast"] = forward_mask(B, N, V)
     for task, mask in masks.items():
-        yield task, signal, mask, predict(
-            lambda signal, mask: model(signal, data.xyz, mask)[0], signal, mask)
+        yield task, signal, mask, in_batches(
+            data, lambda signal, mask: model(signal, data.xyz, mask)[0], signal, mask)
 
-def watch(model, data, predict=in_batches):
+def watch(model, data):
     """{name: score} of a model while it trains."""
     if isinstance(model, BrainLMRegressor):
         rows = evenly(np.flatnonzero(~np.isnan(data.val_target)), MAX_WINDOWS)
-        prediction = predict_recordings(model, data, rows, predict)
+        prediction = predict_recordings(model, data, rows)
         return regression_scores(prediction, data.val_target[rows])
     metrics = {}
-    for task, signal, mask, prediction in reconstructions(model, data, WATCHED_WINDOWS, predict):
+    for task, signal, mask, prediction in reconstructions(model, data, WATCHED_WINDOWS):
         row = scores(hidden_patches(prediction, mask), hidden_patches(signal, mask))
         metrics[f"{task}_R2"] = row["R2"]
     return metrics
 
-def evaluate_reconstruction(model, data, predict=in_batches):
+def evaluate_reconstruction(model, data):
     """{title: {method: {name: score}}} of masked patches and of forecasting."""
     tables = {}
-    for task, signal, mask, prediction in reconstructions(model, data, MAX_WINDOWS, predict):
+    for task, signal, mask, prediction in reconstructions(model, data, MAX_WINDOWS):
         (B, T, _), P = signal.shape, model.config.timepoint_patching_size
         if task == "masked":
             title = f"masked patches ({model.config.mask_ratio:.0%} hidden, {B} windows)"
@@ -1097,14 +1100,14 @@ def knn_accuracy(distance, labels, k=5):
         right += max(nearest, key=nearest.count) == label
     return right / len(labels)
 
-def parcel_distances(model, data, predict=in_batches):
+def parcel_distances(model, data):
     """How far parcels are from each other, {method: [V, V]}, on average over windows: by what the
     model's states, or functional connectivity, have in common, by rows of either (profiles), and
     by coordinates."""
     signal = some_windows(data.val, model.config.num_timepoints_per_voxel, MAX_WINDOWS)
     similarity, connectivity = np.zeros((2, len(data.xyz), len(data.xyz)))
     for window in signal.split(1):                                           # [1, T, V] each
-        alike = predict(lambda window: model.similarity(window, data.xyz), window)
+        alike = in_batches(data, lambda window: model.similarity(window, data.xyz), window)
         similarity += alike[0].numpy() / len(signal)
         connectivity += correlation(window[0].numpy()) / len(signal)
     return {"BrainLM similarity": 1 - similarity,
@@ -1113,25 +1116,25 @@ def parcel_distances(model, data, predict=in_batches):
             "functional connectivity profile": 1 - correlation(connectivity),
             "coordinates": torch.cdist(data.xyz, data.xyz).cpu().numpy()}
 
-def evaluate_networks(model, data, predict=in_batches):
+def evaluate_networks(model, data):
     """Functional networks without training, {title: {method: {name: score}}}: the share of parcels
     that get their label from their nearest neighbours. Parcels without a label are left out."""
     labelled = [v for v, name in enumerate(data.networks or []) if name == name is not None]  # NaN
     labels = [data.networks[v] for v in labelled]
     if not 1 < len(set(labels)) < len(labels):          # nothing to find
         return {}
-    distances = parcel_distances(model, data, predict)
+    distances = parcel_distances(model, data)
     return {f"functional networks of {len(labels)} parcels (5 nearest neighbours)": {
         method: {"accuracy": knn_accuracy(distance[np.ix_(labelled, labelled)], labels)}
         for method, distance in distances.items()}}
 
-def predict_recordings(model, data, rows, predict=in_batches):
+def predict_recordings(model, data, rows):
     """What a BrainLMRegressor predicts for validation recordings, float64 [rows]: the mean over the
     windows of each."""
     T, predictions = model.config.num_timepoints_per_voxel, []
     for row in rows:
         signal = data.val.batch(fixed_windows(data.val, [row], T), T)        # [windows, T, V]
-        of_windows = predict(lambda signal: model(signal, data.xyz), signal)
+        of_windows = in_batches(data, lambda signal: model(signal, data.xyz), signal)
         predictions.append(of_windows.double().mean().item())
     return np.array(predictions)
 
@@ -1179,14 +1182,14 @@ def evaluate_regression(data, prediction):
     return {f"{data.column}, {len(known)} validation recordings": {
         method: regression_scores(values, target) for method, values in methods.items()}}
 
-def evaluate_model(model, data, predict=in_batches):
+def evaluate_model(model, data):
     """All there is to say about a model on data.val: tables {title: {method: {name: score}}} and
     the predictions of a BrainLMRegressor, [rows] (of a BrainLM: None)."""
     if isinstance(model, BrainLMRegressor):
-        prediction = predict_recordings(model, data, range(len(data.val)), predict)
+        prediction = predict_recordings(model, data, range(len(data.val)))
         return evaluate_regression(data, prediction), prediction
-    tables = evaluate_reconstruction(model, data, predict)
-    return tables | evaluate_networks(model, data, predict), None
+    tables = evaluate_reconstruction(model, data)
+    return tables | evaluate_networks(model, data), None
 
 def markdown(tables):
     """The tables as Markdown, for the terminal and for the model card."""
@@ -1291,8 +1294,9 @@ def make_missing_sample_data():
     if WORLD_SIZE > 1:
         dist.barrier()
 
-def open_data(args, T, device):
-    """The Data of a command, whose windows are of T timepoints."""
+def open_data(args, T):
+    """The device of a command and its Data, whose windows are of T timepoints."""
+    device, autocast = prepare_device(args)
     paths = args.train_dataset_path, args.val_dataset_path, args.coords_dataset_path
     if all(path.startswith("./sample_data/") for path in paths):
         make_missing_sample_data()
@@ -1313,7 +1317,8 @@ def open_data(args, T, device):
     if both:
         print(f"note: {len(both)} people of column Subject are in training and in validation, such "
               f"as {min(map(str, both))}: scores tell nothing of new people")
-    return Data(xyz.to(device), networks, train_set, val_set)
+    return device, Data(xyz.to(device), networks, train_set, val_set, autocast=autocast,
+                        batch_size=args.per_device_eval_batch_size)
 
 def open_targets(data, column, required):
     """Add the targets to Data. required: BadInput where there is nothing to learn or to score."""
@@ -1363,7 +1368,7 @@ def settings_of(config_class, args):
     return {option.name: getattr(args, option.name) for option in fields(config_class)
             if getattr(args, option.name, None) is not None}
 
-def run_training(args, model, data, num_recordings, batch_loss, autocast, predict):
+def run_training(args, model, data, num_recordings, batch_loss):
     """The loop of Part I, and around it resuming, progress, validation, checkpoints and, at the
     end, tables and model card. batch_loss(model, samples, step) -> scalar loss."""
     config, folder, device = model.config, Path(args.output_dir), data.xyz.device
@@ -1399,7 +1404,7 @@ def run_training(args, model, data, num_recordings, batch_loss, autocast, predic
     def loss_of_samples(model, step, i):        # every process takes its own part of the samples
         batch = ((step - first_step) * accumulation + i) * WORLD_SIZE + RANK
         first = first_sample + batch * B
-        with autocast():
+        with data.autocast():
             return batch_loss(model, range(first, first + B), step)
 
     def save(step):
@@ -1426,7 +1431,7 @@ def run_training(args, model, data, num_recordings, batch_loss, autocast, predic
     started = time.monotonic()
     for step, loss in train(trained, optimizers, loss_of_samples, training, num_steps, first_step):
         if step > first_step and args.eval_steps and step % args.eval_steps == 0:
-            row = watch(model, data, predict)
+            row = watch(model, data)
             print("  validation  " + "  ".join(f"{name} {row[name]:.4f}" for name in row))
             metrics.append(to_json({"step": step, **row}))
         if step > first_step and step % args.save_steps == 0:
@@ -1446,7 +1451,7 @@ def run_training(args, model, data, num_recordings, batch_loss, autocast, predic
                                     "seconds": round(seconds, 2)}))
             losses.clear()
     save(num_steps)
-    tables, prediction = evaluate_model(model, data, predict)
+    tables, prediction = evaluate_model(model, data)
     report(args, folder, data, tables, prediction,
            model_card(model, data.train, num_steps, tables))
     print(f"\nthe model is in {folder}")
@@ -1520,33 +1525,27 @@ def pretrain(args):
         model = BrainLM.from_pretrained(args.model_name_or_path, **settings)
     else:
         model = BrainLM(check_config(BrainLMConfig(**settings)))
-    device, autocast = prepare_device(args)
-    model.to(device)
-    model.cls_token.requires_grad_(False)       # no parcel reads CLS: nothing trains it
-    config, T = model.config, model.config.num_timepoints_per_voxel
-    data = open_data(args, T, device)
-    N = T // config.timepoint_patching_size
-    random_mask(1, N, len(data.xyz), config.mask_ratio)         # refuses a ratio that hides nothing
-    predict = partial(in_batches, batch_size=args.per_device_eval_batch_size, autocast=autocast)
+    config = model.config
+    device, data = open_data(args, config.num_timepoints_per_voxel)
+    model.to(device).cls_token.requires_grad_(False)    # no parcel reads CLS: nothing trains it
+    random_mask(1, 1, len(data.xyz), config.mask_ratio)         # refuses a ratio that hides nothing
 
     def batch_loss(model, samples, step):
         signal, mask = pretraining_batch(data.train, config, args.seed, samples, step)
         prediction, _ = model(signal, data.xyz, mask)
         return reconstruction_loss(prediction, signal, mask, config.loss_fn)
 
-    run_training(args, model, data, len(data.train), batch_loss, autocast, predict)
+    run_training(args, model, data, len(data.train), batch_loss)
 
 def finetune(args):
     """Learn to predict a scalar of each recording."""
     settings = settings_of(BrainLMConfig, args)
     backbone = BrainLM.from_pretrained(args.model_name_or_path, **settings)
-    device, autocast = prepare_device(args)
     T = backbone.config.num_timepoints_per_voxel
-    data = open_data(args, T, device)
+    device, data = open_data(args, T)
     open_targets(data, args.variable_of_interest_col_name, required=True)
     rows = np.flatnonzero(~np.isnan(data.target))
     std = data.target[rows].std()
-    predict = partial(in_batches, batch_size=args.per_device_eval_batch_size, autocast=autocast)
 
     torch.manual_seed(args.seed)
     model = BrainLMRegressor(backbone.config, data.target[rows].mean(), std).to(device)
@@ -1554,8 +1553,8 @@ def finetune(args):
     model.backbone.requires_grad_(not args.freeze_backbone)
     for unused in model.backbone.head.weight, model.backbone.head.bias, model.backbone.mask_token:
         unused.requires_grad_(False)
-    features = torch.cat([predict(lambda signal: model.features(signal, data.xyz),
-                                  data.train.batch([(row, 0)], T))
+    features = torch.cat([in_batches(data, lambda signal: model.features(signal, data.xyz),
+                                     data.train.batch([(row, 0)], T))
                           for row in rows[:MAX_BASELINE_ROWS]])              # [rows, 3 * H]
     model.feature_mean.copy_(features.mean(dim=0))
     model.feature_std.copy_(features.std(dim=0).nan_to_num(1.0).clamp(min=1e-6))
@@ -1566,7 +1565,7 @@ def finetune(args):
         prediction = model(data.train.batch(windows, T).to(device), data.xyz)
         return regression_loss(prediction, target.to(device), std)
 
-    run_training(args, model, data, len(rows), batch_loss, autocast, predict)
+    run_training(args, model, data, len(rows), batch_loss)
 
 def evaluate(args):
     """Tables as in the paper, of a checkpoint on any dataset, each number beside its opponents'."""
@@ -1577,9 +1576,8 @@ def evaluate(args):
         folder = Path("runs", args.model_name_or_path)
     folder.mkdir(parents=True, exist_ok=True)
     model = from_pretrained(nn.Module, source, **settings_of(BrainLMConfig, args))
-    device, autocast = prepare_device(args)
+    device, data = open_data(args, model.config.num_timepoints_per_voxel)
     model.to(device)
-    data = open_data(args, model.config.num_timepoints_per_voxel, device)
     if isinstance(model, BrainLMRegressor):
         column = args.variable_of_interest_col_name
         if column is None:
@@ -1588,8 +1586,7 @@ def evaluate(args):
                 trained = json.loads((source / "args.json").read_text(encoding="utf-8"))
                 column = trained["variable_of_interest_col_name"]
         open_targets(data, column, required=False)
-    predict = partial(in_batches, batch_size=args.per_device_eval_batch_size, autocast=autocast)
-    tables, prediction = evaluate_model(model, data, predict)
+    tables, prediction = evaluate_model(model, data)
     report(args, folder, data, tables, prediction)
     print(f"\nresults in {folder}; pictures of them: python benchmarks/pictures.py {folder}")
 
