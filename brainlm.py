@@ -619,6 +619,11 @@ def refusing(where):
     except Exception as error:
         raise BadInput(f"{where} ({type(error).__name__}: {error})") from error
 
+def settings_of(config_class, values):
+    """Those of the values {name: value}, flags or a config.json, that are fields of the class."""
+    return {option.name: values[option.name] for option in fields(config_class)
+            if values.get(option.name) is not None}
+
 def check_numbers(settings):
     """BadInput names the first number that cannot be in {name: value}, flags or a config.json."""
     for name, value in settings.items():
@@ -854,10 +859,8 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
         model_type, keys_to_ignore_at_inference = "brainlm", ["hidden_states"]
 
         def __init__(self, **settings):
-            ours = {option.name: settings[option.name] for option in fields(BrainLMConfig)
-                    if option.name in settings}
-            defaults = {"model_class": "BrainLM"} | asdict(BrainLMConfig(**ours))
-            super().__init__(**defaults | settings)
+            ours = asdict(BrainLMConfig(**settings_of(BrainLMConfig, settings)))
+            super().__init__(**{"model_class": "BrainLM"} | settings | ours)
 
     class BrainLMHubModel(PreTrainedModel):
         """What AutoModel gives and Trainer trains. Its `model` is a BrainLM or BrainLMRegressor."""
@@ -868,11 +871,10 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
 
         def __init__(self, config):
             super().__init__(config)
-            settings = {option.name: getattr(config, option.name)
-                        for option in fields(BrainLMConfig)}
+            ours = BrainLMConfig(**settings_of(BrainLMConfig, vars(config)))
             dtype = torch.get_default_dtype()
             torch.set_default_dtype(torch.float32)      # bfloat16 has no inverse for the start
-            self.model = MODELS[config.model_class](BrainLMConfig(**settings)).to(dtype)
+            self.model = MODELS[config.model_class](ours).to(dtype)
             torch.set_default_dtype(dtype)
             self.post_init()
 
@@ -1363,16 +1365,11 @@ def read_state(args, config):
                            f"now: {anew}")
     return state
 
-def settings_of(config_class, args):
-    """Those fields of a BrainLMConfig or TrainingConfig that the command has flags for."""
-    return {option.name: getattr(args, option.name) for option in fields(config_class)
-            if getattr(args, option.name, None) is not None}
-
 def run_training(args, model, data, num_recordings, batch_loss):
     """The loop of Part I, and around it resuming, progress, validation, checkpoints and, at the
     end, tables and model card. batch_loss(model, samples, step) -> scalar loss."""
     config, folder, device = model.config, Path(args.output_dir), data.xyz.device
-    training = TrainingConfig(**settings_of(TrainingConfig, args))
+    training = TrainingConfig(**settings_of(TrainingConfig, vars(args)))
     B, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     samples_per_step = B * accumulation * WORLD_SIZE
     optimizers = make_optimizers(model, training.weight_decay)
@@ -1520,7 +1517,7 @@ output = {name}.from_pretrained(".")(signal, xyz)
 def pretrain(args):
     """Learn to reconstruct hidden tokens."""
     torch.manual_seed(args.seed)
-    settings = settings_of(BrainLMConfig, args)
+    settings = settings_of(BrainLMConfig, vars(args))
     if args.model_name_or_path:
         model = BrainLM.from_pretrained(args.model_name_or_path, **settings)
     else:
@@ -1539,7 +1536,7 @@ def pretrain(args):
 
 def finetune(args):
     """Learn to predict a scalar of each recording."""
-    settings = settings_of(BrainLMConfig, args)
+    settings = settings_of(BrainLMConfig, vars(args))
     backbone = BrainLM.from_pretrained(args.model_name_or_path, **settings)
     T = backbone.config.num_timepoints_per_voxel
     device, data = open_data(args, T)
@@ -1575,7 +1572,7 @@ def evaluate(args):
     elif source != Path(args.model_name_or_path):       # a model of the Hub
         folder = Path("runs", args.model_name_or_path)
     folder.mkdir(parents=True, exist_ok=True)
-    model = from_pretrained(nn.Module, source, **settings_of(BrainLMConfig, args))
+    model = from_pretrained(nn.Module, source, **settings_of(BrainLMConfig, vars(args)))
     device, data = open_data(args, model.config.num_timepoints_per_voxel)
     model.to(device)
     if isinstance(model, BrainLMRegressor):
