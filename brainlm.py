@@ -817,11 +817,8 @@ def from_pretrained(model_class, name_or_path, **changes):
     broken or does not fit."""
     folder = model_folder(name_or_path)
     file = folder / "config.json"
-    with refusing(f"{file} is missing or not of a BrainLM"):
+    with refusing(f"{file} is missing, not of a BrainLM, or of another version of brainlm.py"):
         saved = json.loads(file.read_text(encoding="utf-8"))
-        missing = {"model_class", *asdict(BrainLMConfig())} - set(saved)
-        if missing:
-            raise BadInput(f"{file} lacks {', '.join(sorted(missing))}: it is of another version")
         saved_class = MODELS[saved["model_class"]]
         settings = {option.name: saved[option.name] for option in fields(BrainLMConfig)}
         config = check_config(BrainLMConfig(**settings | changes), f"{file}: ")
