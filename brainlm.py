@@ -798,7 +798,8 @@ def save_pretrained(model, folder):
     if "__file__" in globals():                         # else pasted into a notebook
         write_atomically(folder / "brainlm.py", Path(__file__).read_text(encoding="utf-8"))
     write_atomically(folder / "pytorch_model.bin", model.state_dict())
-    (folder / "model.safetensors").unlink(missing_ok=True)          # one folder, one model
+    for other in folder.glob("model*.safetensors*"):                # one folder, one model
+        other.unlink()
 
 def model_folder(name):
     """A local folder or, downloaded, the repository "user/name" of the Hub."""
@@ -828,18 +829,15 @@ def from_pretrained(model_class, name_or_path, **changes):
     if config.num_attention_heads != settings["num_attention_heads"]:       # shapes do not tell
         raise BadInput(f"{folder}: the weights are of {settings['num_attention_heads']} "
                        f"num_attention_heads, not {config.num_attention_heads}")
-    model, file = saved_class(config), folder / "pytorch_model.bin"
-    if (folder / "model.safetensors").exists():         # of two, the one that transformers takes
-        file = folder / "model.safetensors"
-    if (folder / "model.safetensors.index.json").exists():
-        raise BadInput(f"{folder} holds weights in several files: save_pretrained with a larger "
-                       "max_shard_size makes one")
-    refuse_pointer(file)
-    with refusing(f"{file} is missing, cut or not the weights of this {saved_class.__name__}"):
-        if file.suffix == ".bin":
-            weights = torch.load(file, map_location="cpu", weights_only=True)
-        else:                                   # an `import` would be a requirement of the Hub's
-            weights = importlib.import_module("safetensors.torch").load_file(file)
+    model, weights = saved_class(config), {}
+    for file in sorted(folder.glob("model*.safetensors")) or [folder / "pytorch_model.bin"]:
+        refuse_pointer(file)                    # of both kinds, the one that transformers takes
+        with refusing(f"{file} is missing, cut or no weights"):
+            if file.suffix == ".bin":
+                weights |= torch.load(file, map_location="cpu", weights_only=True)
+            else:                               # an `import` would be a requirement of the Hub's
+                weights |= importlib.import_module("safetensors.torch").load_file(file)
+    with refusing(f"{file} does not hold the weights of this {saved_class.__name__}"):
         wrapped = re.compile(r"^((module|_orig_mod|model)\.)+")      # by DDP, compile, the Hub
         model.load_state_dict({wrapped.sub("", name): weights[name] for name in weights})
     return (model if isinstance(model, model_class) else model.backbone).eval()
