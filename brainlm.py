@@ -666,8 +666,15 @@ def open_numbers(table, name, path):
                 raise ValueError(f"it is {numbers[row]}")
     return numbers
 
+def as_text(column):
+    """A column as a list of text, None where a value is missing; of whatever Arrow can cast."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return column.cast(pa.string()).to_pylist()
+
 def open_coordinates(path):
-    """read_coordinates; BadInput for one that is missing or not finite, a note for odd units."""
+    """read_coordinates; BadInput for one that is missing or not finite, a note for odd units.
+    Networks come as text."""
     table = read_arrow(path)
     for axis in "XYZ":
         numbers = open_numbers(table, axis, path)
@@ -676,11 +683,9 @@ def open_coordinates(path):
     if len(table) == 0:
         raise BadInput(f"{path} has no rows, of which each is a parcel")
     xyz, networks = read_coordinates(path)
-    for row, name in enumerate(networks or []):
-        if isinstance(name, bytes):
-            networks[row] = name.decode(errors="replace")
-        elif not isinstance(name, (str, int, float, type(None))):
-            raise BadInput(f"{path}: column 'Network', row {row} is {name!r}, no text or number")
+    if networks is not None:
+        with refusing(f"{path}: column 'Network' cannot be text"):
+            networks = as_text(read_column(table, "Network", path))
     reach = xyz.abs().max().item()      # of a brain: 110 mm; and voxel indices are never negative
     if xyz.min() >= 0 or not 12 <= reach <= 200:
         print(f"note: {path}: coordinates up to {reach:.4g} do not look like MNI millimetres, by "
@@ -1116,7 +1121,7 @@ def parcel_distances(model, data):
 def evaluate_networks(model, data):
     """Functional networks without training, {title: {method: {name: score}}}: the share of parcels
     that get their label from their nearest neighbours. Parcels without a label are left out."""
-    labelled = [v for v, name in enumerate(data.networks or []) if name == name is not None]  # NaN
+    labelled = [v for v, name in enumerate(data.networks or []) if name not in (None, "nan")]
     labels = [data.networks[v] for v in labelled]
     if not 1 < len(set(labels)) < len(labels):          # nothing to find
         return {}
@@ -1471,15 +1476,12 @@ def prediction_lines(dataset, prediction):
     taken, columns = dataset.table.column_names, {}
     columns["row" if "row" not in taken else "brainlm_row"] = range(len(dataset))
     for name in taken:
-        column = dataset.table[name]
         if name == dataset.recording_col:
             continue
         try:
-            if pa.types.is_dictionary(column.type):
-                column = column.cast(column.type.value_type)
-            columns[name] = column.cast(pa.string()).to_pylist()
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            print(f"note: predictions.csv leaves out column {name!r}: {column.type} is no text")
+            columns[name] = as_text(dataset.table[name])
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            print(f"note: predictions.csv leaves out column {name!r}: it is no text ({error})")
     columns["prediction" if "prediction" not in taken else "brainlm_prediction"] = (
         prediction.tolist())
     return [list(columns), *zip(*columns.values())]
