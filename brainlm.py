@@ -724,26 +724,15 @@ def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples
             t, v = broken[0]
             raise BadInput(f"{where}, row {row}, timepoint {t}, parcel {v} is {signal[t, v]}: "
                            "repair it or leave the row out")
-        if odd_units(signal):
-            odd.append(f"row {row} has {odd_units(signal)}")
+        alive = signal[:, signal.any(axis=0)].astype(np.float32)     # zeros: a parcel has no signal
+        if alive.size:
+            offset, spread = np.median(np.abs(alive.mean(axis=0))), np.median(alive.std(axis=0))
+            if not 0.15 <= spread <= 15 or offset > 2 * spread:
+                odd.append(f"row {row}, whose parcels vary by {spread:.4g} around {offset:.4g}")
     if odd:
-        print(f"note: {path}: {len(odd)} recordings are in odd units: {odd[0]}; robust_scale of "
-              "sample_data.py brings each parcel to median 0, interquartile range 1")
+        print(f"note: {path}: {len(odd)} recordings are in odd units, such as {odd[0]}: robust_scale "
+              "of sample_data.py brings each parcel to median 0, interquartile range 1")
     return dataset
-
-def odd_units(signal):
-    """What is odd about the values of a recording [T, V], in words, or "". Parcels of zeros, which
-    have no signal, do not count."""
-    signal = signal[:, signal.any(axis=0)].astype(np.float32)
-    if signal.size == 0:
-        return ""
-    size = np.median(np.abs(signal))            # about 0.5 where each parcel is robust-scaled
-    offset, spread = np.median(np.abs(signal.mean(axis=0))), np.median(signal.std(axis=0))
-    if not 0.1 <= size <= 10:
-        return f"values of about {size:.4g}, where the model expects 1"
-    if offset > 2 * spread:
-        return f"parcels that vary by {spread:.4g} around values of about {offset:.4g}"
-    return ""
 
 def evenly(items, most):
     """At most so many of the items, evenly spaced."""
