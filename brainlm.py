@@ -1299,15 +1299,12 @@ def open_data(args, T):
                            (args.val_dataset_path, args.max_eval_samples)))
     print(f"data: {len(train_set)} training and {len(val_set)} validation recordings, {len(xyz)} "
           f"parcels, windows of {T}")
-    if Path(args.train_dataset_path).resolve() == Path(args.val_dataset_path).resolve():
-        print("note: training and validation data are the same: scores will tell nothing of new "
-              "recordings")
     both = set.intersection(*(
-        set(dataset.table["Subject"].to_pylist() if "Subject" in dataset.table.column_names else ())
-        for dataset in (train_set, val_set)))
-    if both:
-        print(f"note: {len(both)} people of column Subject are in training and in validation, such "
-              f"as {min(map(str, both))}: scores tell nothing of new people")
+        set(dataset.table["Subject"].to_pylist() if "Subject" in dataset.table.column_names
+            else [Path(dataset.path).resolve()]) for dataset in (train_set, val_set)))
+    if both:                                    # people, or folders where these are not named
+        print(f"note: {min(map(str, both))} ({len(both)} in all) is in the training and in the "
+              "validation data: scores tell nothing of new people")
     return device, Data(xyz.to(device), networks, train_set, val_set, autocast=autocast,
                         batch_size=args.per_device_eval_batch_size)
 
