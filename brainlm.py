@@ -1260,13 +1260,12 @@ def prepare_device(args):
     """The device, where --device auto is the fastest there is, and a function that makes the
     autocast context of a batch, where --dtype auto is bfloat16 on CUDA. Under torchrun it starts
     the process group."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
     name = args.device
     if name == "auto":
-        name = next(kind for kind in available if available[kind])
-    if not available.get(name):
-        raise BadInput(f"--device {name}: this machine or this build of torch has none")
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    with refusing(f"--device {name}: this machine or this build of torch has none"):
+        torch.zeros(1, device=name)
     if args.dtype not in ("auto", "float32", "bfloat16"):
         raise BadInput(f"--dtype {args.dtype} must be auto, float32 or bfloat16")
     if name == "cuda":
