@@ -1250,11 +1250,10 @@ BrainLM.attention, BrainLM.similarity = attention, similarity
 # --------------------------------------------------------------------------------------------------
 # 13. Devices, many processes, and the data of a command
 
-LAUNCHED = all(os.environ.get(name) for name in         # by torchrun; one left over is nothing
-               ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-RANK, LOCAL_RANK, WORLD_SIZE = (
-    int(os.environ[name]) if LAUNCHED else alone
-    for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
+LAUNCHED = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+if all(os.environ.get(name) for name in LAUNCHED):      # by torchrun; one left over is nothing
+    RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in LAUNCHED[:3])
 
 def prepare_device(args):
     """The device, where --device auto is the fastest there is, and a function that makes the
