@@ -730,8 +730,8 @@ def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples
             if not 0.15 <= spread <= 15 or offset > 2 * spread:
                 odd.append(f"row {row}, whose parcels vary by {spread:.4g} around {offset:.4g}")
     if odd:
-        print(f"note: {path}: {len(odd)} recordings are in odd units, such as {odd[0]}: robust_scale "
-              "of sample_data.py brings each parcel to median 0, interquartile range 1")
+        print(f"note: {path}: {len(odd)} recordings are in odd units, such as {odd[0]}: "
+              "robust_scale of sample_data.py brings parcels to median 0, interquartile range 1")
     return dataset
 
 def evenly(items, most):
@@ -1625,44 +1625,41 @@ def command_line():
             "  python brainlm.py finetune      then to predict people's age\n"
             "  python brainlm.py evaluate      tables of the pretrained model and simple methods\n"
             "The flags of a command, for own data: python brainlm.py COMMAND --help"))
-    commands = parser.add_subparsers(dest="command")
-    for run, groups in ((pretrain, (DataConfig, BrainLMConfig, TrainingConfig, RunConfig)),
-                        (finetune, (DataConfig, TargetConfig, HeadConfig, TrainingConfig,
-                                    RunConfig)),
-                        (evaluate, (DataConfig, TargetConfig))):
+    commands = parser.add_subparsers(dest="command", required=True)
+    for run, (groups, defaults) in COMMANDS.items():
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         for config_class in groups:
             group, comments = command.add_argument_group(), comments_of(config_class)
             for option in fields(config_class):
-                default = DEFAULTS[run.__name__].get(option.name, option.default)
-                flag = {"type": option.type, "default": default}
+                default = defaults.get(option.name, option.default)
+                flag = {"help": f"{comments.get(option.name)} (default: {default})"}
+                if config_class is not BrainLMConfig:   # None: what --model_name_or_path has
+                    flag["default"] = default
+                kind = {"type": option.type}
                 if option.type is bool:
-                    flag = {"action": argparse.BooleanOptionalAction, "default": default}
-                if config_class is BrainLMConfig:       # not given: what --model_name_or_path has
-                    flag["default"] = argparse.SUPPRESS
-                group.add_argument(f"--{option.name}", **flag,
-                                   help=f"{comments.get(option.name)} (default: {default})")
-    for name in "hidden_dropout_prob", "attention_probs_dropout_prob":          # the reference's
+                    kind = {"action": argparse.BooleanOptionalAction}
+                group.add_argument(f"--{option.name}", **kind, **flag)
+    for name in DROPOUT:
         commands.choices["pretrain"].add_argument(f"--{name}", type=float, choices=[0.0, 0.1],
                                                   help=argparse.SUPPRESS)
     return parser
 
-DEFAULTS = {"pretrain": {"output_dir": "./runs/pretrain"},      # where a command has its own
-            "finetune": {"output_dir": "./runs/finetune", "num_train_epochs": 16.0,
-                         "eval_steps": 50, "variable_of_interest_col_name": "Age.At.MHQ",
-                         "per_device_train_batch_size": 8},     # frozen, a backbone takes little
-            "evaluate": {}}
+COMMANDS = {        # its flags, and where its defaults are not those of the fields
+    pretrain: ((DataConfig, BrainLMConfig, TrainingConfig, RunConfig),
+               {"output_dir": "./runs/pretrain"}),
+    finetune: ((DataConfig, TargetConfig, HeadConfig, TrainingConfig, RunConfig),
+               {"output_dir": "./runs/finetune", "num_train_epochs": 16.0, "eval_steps": 50,
+                "variable_of_interest_col_name": "Age.At.MHQ",
+                "per_device_train_batch_size": 8}),     # frozen, a backbone takes little
+    evaluate: ((DataConfig, TargetConfig), {})}
+DROPOUT = "hidden_dropout_prob", "attention_probs_dropout_prob"         # flags of the reference
 DEMO = {"train_dataset_path": "./sample_data/train", "val_dataset_path": "./sample_data/val",
         "coords_dataset_path": "./sample_data/coords", "model_name_or_path": "./runs/pretrain"}
 
 def parse(arguments=None):
     """The flags of a command. Paths that are not given are the demo's: all of them or none, lest
     own recordings meet the demo's coordinates, people or model, which may fit by chance."""
-    parser = command_line()
-    args = parser.parse_args(arguments)
-    if args.command is None:
-        parser.print_help()
-        sys.exit(2)
+    args = command_line().parse_args(arguments)
     paths = [name for name in DEMO if (args.command, name) != ("pretrain", "model_name_or_path")]
     missing = [name for name in paths if getattr(args, name) is None]
     if 0 < len(missing) < len(paths):
@@ -1670,7 +1667,7 @@ def parse(arguments=None):
                        "demo's do not mix")
     for name in missing:
         setattr(args, name, DEMO[name])
-    for name in "hidden_dropout_prob", "attention_probs_dropout_prob":
+    for name in DROPOUT:
         if vars(args).pop(name, None) is not None:
             print(f"note: --{name} does nothing here: there is no dropout, which gained nothing")
     check_numbers(vars(args))
@@ -1684,7 +1681,7 @@ def main(arguments=None):
         sys.stdout = open(os.devnull, "w")              # rank 0 speaks for all
     try:
         args = parse(arguments)
-        {"pretrain": pretrain, "finetune": finetune, "evaluate": evaluate}[args.command](args)
+        globals()[args.command](args)
     except (BadInput, OSError) as error:                # OSError: a folder that cannot be written
         print("error:", textwrap.shorten(str(error), 500, placeholder=" ..."), file=sys.stderr)
         sys.exit(2)
