@@ -1632,13 +1632,13 @@ def command_line():
             group, comments = command.add_argument_group(), comments_of(config_class)
             for option in fields(config_class):
                 default = defaults.get(option.name, option.default)
-                flag = {"help": f"{comments.get(option.name)} (default: {default})"}
-                if config_class is not BrainLMConfig:   # None: what --model_name_or_path has
-                    flag["default"] = default
-                kind = {"type": option.type}
+                flag = {"type": option.type, "default": default}
                 if option.type is bool:
-                    kind = {"action": argparse.BooleanOptionalAction}
-                group.add_argument(f"--{option.name}", **kind, **flag)
+                    flag = {"action": argparse.BooleanOptionalAction, "default": default}
+                if config_class is BrainLMConfig:       # not given: what --model_name_or_path has
+                    flag["default"] = argparse.SUPPRESS
+                group.add_argument(f"--{option.name}", **flag,
+                                   help=f"{comments.get(option.name)} (default: {default})")
     for name in DROPOUT:
         commands.choices["pretrain"].add_argument(f"--{name}", type=float, choices=[0.0, 0.1],
                                                   help=argparse.SUPPRESS)
