@@ -966,7 +966,7 @@ def some_windows(dataset, T, most):
 
 def reconstructions(model, data, most):
     """Yield of each task, "masked" patches and "forecast": its name, windows [B, T, V], what is
-    hidden of them, bool [B, N, V], and what a BrainLM makes of the rest, [B, T, V]."""
+    hidden of them, bool [B, N, V], and of that, [hidden tokens, P], a BrainLM's guess and truth."""
     config = model.config
     T, P = config.num_timepoints_per_voxel, config.timepoint_patching_size
     signal = some_windows(data.val, T, most)
@@ -976,8 +976,9 @@ def reconstructions(model, data, most):
     if T - P >= max(P, 2):                      # else there is too little to go on from
         masks["forecast"] = forward_mask(B, N, V)
     for task, mask in masks.items():
-        yield task, signal, mask, in_batches(
+        prediction = in_batches(
             data, lambda signal, mask: model(signal, data.xyz, mask)[0], signal, mask)
+        yield task, signal, mask, hidden_patches(prediction, mask), hidden_patches(signal, mask)
 
 def watch(model, data):
     """{name: score} of a model while it trains."""
@@ -985,16 +986,13 @@ def watch(model, data):
         rows = evenly(np.flatnonzero(~np.isnan(data.val_target)), MAX_WINDOWS)
         prediction = predict_recordings(model, data, rows)
         return regression_scores(prediction, data.val_target[rows])
-    metrics = {}
-    for task, signal, mask, prediction in reconstructions(model, data, WATCHED_WINDOWS):
-        row = scores(hidden_patches(prediction, mask), hidden_patches(signal, mask))
-        metrics[f"{task}_R2"] = row["R2"]
-    return metrics
+    return {f"{task}_R2": scores(prediction, target)["R2"]
+            for task, _, _, prediction, target in reconstructions(model, data, WATCHED_WINDOWS)}
 
 def evaluate_reconstruction(model, data):
     """{title: {method: {name: score}}} of masked patches and of forecasting."""
     tables = {}
-    for task, signal, mask, prediction in reconstructions(model, data, MAX_WINDOWS):
+    for task, signal, mask, prediction, target in reconstructions(model, data, MAX_WINDOWS):
         (B, T, _), P = signal.shape, model.config.timepoint_patching_size
         if task == "masked":
             title = f"masked patches ({model.config.mask_ratio:.0%} hidden, {B} windows)"
@@ -1003,8 +1001,7 @@ def evaluate_reconstruction(model, data):
             title = f"forecasting {P} timepoints from {T - P} ({B} windows)"
             opponents = forecasting_opponents(data.train, signal, mask)
             horizons = [h for h in HORIZONS if h <= P]
-        tables[title] = compare(hidden_patches(prediction, mask), opponents,
-                                hidden_patches(signal, mask), horizons)
+        tables[title] = compare(prediction, opponents, target, horizons)
     return tables
 
 def compare(prediction, opponents, target, horizons):
