@@ -1429,21 +1429,22 @@ def run_training(args, model, data, num_recordings, batch_loss):
                                     "seconds": round(seconds, 2)}))
             losses.clear()
     save(num_steps)
-    tables, prediction = evaluate_model(model, data)
-    report(args, folder, data, tables, prediction,
-           model_card(model, data.train, num_steps, tables))
+    report(args, model, data, folder, num_steps)
     print(f"\nthe model is in {folder}")
 
-def report(args, folder, data, tables, prediction, card=""):
-    """Print the tables and leave evaluation.json, what there is of a card and, of a regressor,
-    predictions.csv in a folder: the results first, what could fail last."""
+def report(args, model, data, folder, num_steps=None):
+    """Evaluate a model, print the tables, and leave in a folder evaluation.json, README.md after
+    num_steps of training and a regressor's predictions.csv: the results first, what could fail
+    last."""
+    tables, prediction = evaluate_model(model, data)
     print(markdown(tables), flush=True)
     if RANK > 0:
         return
     if tables:                                  # none: nobody has a target, the older ones stay
         content = to_json({"args": vars(args), "tables": tables}, indent=2)
         write_atomically(folder / "evaluation.json", content)
-    if card:
+    if num_steps is not None:
+        card = model_card(model, data.train, num_steps, tables)
         write_atomically(folder / "README.md", card)
     if prediction is not None:
         text = io.StringIO()
@@ -1561,8 +1562,7 @@ def evaluate(args):
                 trained = json.loads((source / "args.json").read_text(encoding="utf-8"))
                 column = trained["variable_of_interest_col_name"]
         open_targets(data, column, required=False)
-    tables, prediction = evaluate_model(model, data)
-    report(args, folder, data, tables, prediction)
+    report(args, model, data, folder)
     print(f"\nresults in {folder}; pictures of them: python benchmarks/pictures.py {folder}")
 
 @dataclass
