@@ -1545,21 +1545,18 @@ def finetune(args):
 
 def evaluate(args):
     """Tables as in the paper, of a checkpoint on any dataset, each number beside its opponents'."""
-    source = folder = model_folder(args.model_name_or_path)
-    if args.output_dir:
-        folder = Path(args.output_dir)
-    elif source != Path(args.model_name_or_path):       # a model of the Hub
-        folder = Path("runs", args.model_name_or_path)
+    name = args.model_name_or_path
+    source = model_folder(name)
+    folder = Path(args.output_dir or (name if Path(name).is_dir() else f"runs/{name}"))
     folder.mkdir(parents=True, exist_ok=True)
     model = from_pretrained(nn.Module, source, **settings_of(BrainLMConfig, vars(args)))
     device, data = open_data(args, model.config.num_timepoints_per_voxel)
     model.to(device)
     if isinstance(model, BrainLMRegressor):
-        column = args.variable_of_interest_col_name
+        column, file = args.variable_of_interest_col_name, source / "args.json"
         if column is None:
-            with refusing(f"{source / 'args.json'} does not say what the model predicts: give "
-                          "--variable_of_interest_col_name"):
-                trained = json.loads((source / "args.json").read_text(encoding="utf-8"))
+            with refusing(f"{file} does not tell --variable_of_interest_col_name: give it"):
+                trained = json.loads(file.read_text(encoding="utf-8"))
                 column = trained["variable_of_interest_col_name"]
         open_targets(data, column, required=False)
     report(args, model, data, folder)
