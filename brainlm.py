@@ -1355,13 +1355,10 @@ def run_training(args, model, data, num_recordings, batch_loss):
     samples_per_step = B * accumulation * WORLD_SIZE
     optimizers = make_optimizers(model, training.weight_decay)
     first_step, first_sample, metrics, losses = 0, 0, [], []    # losses: since the last line
-    state = None
-    if RANK == 0 and prepare_folder(args):
-        state = read_state(args, config)
+    states = [read_state(args, config) if RANK == 0 and prepare_folder(args) else None]
     if WORLD_SIZE > 1:                          # rank 0 may be the only one to see the folder
-        box = [state]
-        dist.broadcast_object_list(box)
-        state = box[0]
+        dist.broadcast_object_list(states)
+    state = states[0]
     if state:
         with refusing(f"{folder / 'training_state.pt'} does not fit (--overwrite_output_dir?)"):
             model.load_state_dict(state["model"])
