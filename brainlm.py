@@ -259,21 +259,16 @@ def block_causal_attention(q, k, v, V, visible=None):
     """q, k, v and the result [B, heads, S, D]; visible: as of visible_tokens, None for all. All
     tokens of a patch read the same tokens: so there is one dense attention for each patch, which
     the fast kernels take, and what the mask forbids, more than half, is never computed."""
-    S = q.shape[2]
-    sizes, attend = [1] + [V] * ((S - 1) // V), F.scaled_dot_product_attention
+    sizes, attend = [1] + [V] * ((q.shape[2] - 1) // V), F.scaled_dot_product_attention
     q_cls, *q_patches = q.split(sizes, dim=2)            # [B, heads, 1, D], [B, heads, V, D] each
-    outputs = [attend(q_cls, k, v)]
-    if visible is None:
-        for n, q_n in enumerate(q_patches):
-            stop = 1 + (n + 1) * V
-            outputs.append(attend(q_n, k[:, :, 1:stop], v[:, :, 1:stop]))
-        return torch.cat(outputs, dim=2)
-
-    index, counts = visible
-    index = 1 + index[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])   # 1: after CLS
-    past_k = k.gather(2, index).split(counts, dim=2)     # N times [B, heads, visible in patch, D]
-    past_v = v.gather(2, index).split(counts, dim=2)
     own_k, own_v = k.split(sizes, dim=2)[1:], v.split(sizes, dim=2)[1:]
+    past_k, past_v = own_k, own_v
+    if visible is not None:
+        index, counts = visible
+        index = 1 + index[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])  # after CLS
+        past_k = k.gather(2, index).split(counts, dim=2)     # N of [B, heads, visible tokens, D]
+        past_v = v.gather(2, index).split(counts, dim=2)
+    outputs = [attend(q_cls, k, v)]
     for n, q_n in enumerate(q_patches):
         k_n = torch.cat([*past_k[:n], own_k[n]], dim=2)
         v_n = torch.cat([*past_v[:n], own_v[n]], dim=2)
