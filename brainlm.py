@@ -99,8 +99,8 @@ def read_arrow(path):
             shards.append(shard)
         return pa.concat_tables(shards)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{file} is missing, cut or not of save_to_disk; of several datasets, name "
-                       f"one ({error})") from error
+        raise BadInput(f"{file} is missing, cut, a Git LFS pointer (git lfs pull) or not of "
+                       f"save_to_disk; of several datasets, name one ({error})") from error
 
 def read_column(table, name, path):
     """A column of the table that was read from path."""
@@ -692,8 +692,6 @@ def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples
     timepoints; num_parcels: how many there must be (None: as at the first timepoint). BadInput
     names row, timepoint and parcel; a note tells of recordings that are not of order one."""
     where, odd = f"{path}: column {recording_col!r}", []
-    for file in Path(path).glob("*.arrow"):
-        refuse_pointer(file)
     with refusing(f"{where} must hold (timepoints, parcels), lists of lists of numbers"):
         dataset = RecordingDataset(path, recording_col, max_samples)
         kind = dataset.values.type
@@ -770,12 +768,6 @@ def to_json(content, indent=None):
     without = json.loads(json.dumps(content), parse_constant=lambda name: None)
     return json.dumps(without, indent=indent) + "\n"
 
-def refuse_pointer(file):
-    """Of large files git may hold but a few lines that tell where they are."""
-    with contextlib.suppress(OSError):
-        if open(file, "rb").read(12) == b"version http":
-            raise BadInput(f"{file} is a pointer of Git LFS, not the file: git lfs pull gets it")
-
 def save_pretrained(model, folder):
     """Write a model as a folder that from_pretrained and the Hugging Face Hub can read."""
     folder = Path(folder)
@@ -820,9 +812,8 @@ def from_pretrained(model_class, name_or_path, **changes):
                        f"num_attention_heads, not {config.num_attention_heads}")
     model, weights = saved_class(config), {}
     for file in sorted(folder.glob("model*.safetensors")) or [folder / "pytorch_model.bin"]:
-        refuse_pointer(file)                    # of both kinds, the one that transformers takes
-        with refusing(f"{file} is missing, cut or no weights"):
-            if file.suffix == ".bin":
+        with refusing(f"{file} is missing, cut, a Git LFS pointer (git lfs pull) or no weights"):
+            if file.suffix == ".bin":           # of both kinds, the one that transformers takes
                 weights |= torch.load(file, map_location="cpu", weights_only=True)
             else:                               # an `import` would be a requirement of the Hub's
                 weights |= importlib.import_module("safetensors.torch").load_file(file)
