@@ -786,10 +786,8 @@ def model_folder(name):
     """A local folder or, downloaded, the repository "user/name" of the Hub."""
     if Path(name).is_dir():
         return Path(name)
-    missing = f"{name}: no such run folder (python brainlm.py pretrain makes one)"
-    if str(name).startswith((".", "/", "~")) or Path(*Path(name).parts[:1]).exists():
-        raise BadInput(missing)                         # nor a name on the Hub
-    with refusing(f"{missing}, nor did the Hub give it (pip install huggingface_hub)"):
+    with refusing(f"{name}: no such run folder (python brainlm.py pretrain makes one), nor did the "
+                  "Hub give it (pip install huggingface_hub)"):
         return Path(importlib.import_module("huggingface_hub").snapshot_download(str(name)))
 
 def from_pretrained(model_class, name_or_path, **changes):
