@@ -1436,17 +1436,14 @@ def report(args, model, data, folder, num_steps=None):
 def prediction_lines(dataset, prediction):
     """The lines of predictions.csv: of each recording its row, what of the dataset's columns can be
     text, and the prediction. A name that the dataset has already is its own."""
-    taken, columns = dataset.table.column_names, {}
-    columns["row" if "row" not in taken else "brainlm_row"] = range(len(dataset))
+    taken = dataset.table.drop_columns(dataset.recording_col).column_names
+    columns = {"brainlm_row" if "row" in taken else "row": range(len(dataset))}
     for name in taken:
-        if name == dataset.recording_col:
-            continue
         try:
             columns[name] = as_text(dataset.table[name])
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             print(f"note: predictions.csv leaves out column {name!r}: it is no text ({error})")
-    columns["prediction" if "prediction" not in taken else "brainlm_prediction"] = (
-        prediction.tolist())
+    columns["brainlm_prediction" if "prediction" in taken else "prediction"] = prediction.tolist()
     return [list(columns), *zip(*columns.values())]
 
 def model_card(model, dataset, num_steps, tables):
