@@ -1436,12 +1436,13 @@ def report(args, model, data, folder, num_steps=None):
 def prediction_lines(dataset, prediction):
     """The lines of predictions.csv: of each recording its row, what of the dataset's columns can be
     text, and the prediction. A name that the dataset has already is its own."""
-    taken = dataset.table.drop_columns(dataset.recording_col).column_names
+    others = dataset.table.drop_columns(dataset.recording_col)
+    taken = others.column_names
     columns = {"brainlm_row" if "row" in taken else "row": range(len(dataset))}
-    for name in taken:
+    for name, column in zip(taken, others.columns):
         try:
-            columns[name] = as_text(dataset.table[name])
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            columns[name] = as_text(column)
+        except pa.ArrowException as error:
             print(f"note: predictions.csv leaves out column {name!r}: it is no text ({error})")
     columns["brainlm_prediction" if "prediction" in taken else "prediction"] = prediction.tolist()
     return [list(columns), *zip(*columns.values())]
