@@ -631,9 +631,8 @@ def check_config(config, source=""):
     """The config again; BadInput names the setting that cannot be, after where it comes from."""
     for option in fields(config):
         value = getattr(config, option.name)
-        if type(value) not in {int: (int,), float: (int, float), str: (str,)}[option.type]:
-            raise BadInput(f"{source}{option.name} is {value!r}, not of type "
-                           f"{option.type.__name__}")
+        if type(value) is not option.type and (type(value), option.type) != (int, float):
+            raise BadInput(f"{source}{option.name} is {value!r}, not {option.type.__name__}")
     check_numbers({source + name: value for name, value in asdict(config).items()})
     T, P = config.num_timepoints_per_voxel, config.timepoint_patching_size
     H, heads = config.hidden_size, config.num_attention_heads
