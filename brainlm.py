@@ -1286,13 +1286,6 @@ def open_data(args, T):
     return device, Data(xyz.to(device), networks, train_set, val_set, autocast=autocast,
                         batch_size=args.per_device_eval_batch_size)
 
-def open_targets(data, column, required):
-    """Add the targets to Data. required: BadInput where there is nothing to learn or to score."""
-    data.column = column
-    data.val_target = open_target(data.val, column, least=1 if required else 0)
-    scored = not np.isnan(data.val_target).all()
-    data.target = open_target(data.train, column, least=2 if scored else 0)
-
 # --------------------------------------------------------------------------------------------------
 # 14. A run: training, and what makes it last
 
@@ -1497,7 +1490,9 @@ def finetune(args):
     backbone = BrainLM.from_pretrained(args.model_name_or_path, **settings)
     T = backbone.config.num_timepoints_per_voxel
     device, data = open_data(args, T)
-    open_targets(data, args.variable_of_interest_col_name, required=True)
+    data.column = args.variable_of_interest_col_name
+    data.val_target = open_target(data.val, data.column, least=1)
+    data.target = open_target(data.train, data.column, least=2)
     rows = np.flatnonzero(~np.isnan(data.target))
     std = data.target[rows].std()
 
@@ -1531,12 +1526,14 @@ def evaluate(args):
     device, data = open_data(args, model.config.num_timepoints_per_voxel)
     model.to(device)
     if isinstance(model, BrainLMRegressor):
-        column, file = args.variable_of_interest_col_name, source / "args.json"
-        if column is None:
+        data.column, file = args.variable_of_interest_col_name, source / "args.json"
+        if data.column is None:
             with refusing(f"{file} does not tell --variable_of_interest_col_name: give it"):
                 trained = json.loads(file.read_text(encoding="utf-8"))
-                column = trained["variable_of_interest_col_name"]
-        open_targets(data, column, required=False)
+                data.column = trained["variable_of_interest_col_name"]
+        data.val_target = open_target(data.val, data.column, least=0)
+        scored = not np.isnan(data.val_target).all()
+        data.target = open_target(data.train, data.column, least=2 if scored else 0)
     report(args, model, data, folder)
     print(f"\nresults in {folder}; pictures of them: python benchmarks/pictures.py {folder}")
 
