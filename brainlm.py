@@ -869,15 +869,13 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
             return super().__getattr__(name)
 
         def forward(self, signal, xyz, mask=None, labels=None, return_dict=None, **others):
-            """signal [B, T, V], xyz [V, 3] or, as what splits batches needs it, the same B times,
-            [B, V, 3], mask bool [B, N, V]. labels add a loss: the signal itself, over what the mask
-            hides (without one: a random mask's tokens); for a regressor the target, [B]. others:
-            what pipelines and Trainer pass besides."""
+            """xyz [V, 3] or, for what splits batches, the same B times. labels add a loss: the
+            signal itself, over what the mask hides (without one: a random mask's tokens); for a
+            regressor the target, [B]. others: what pipelines and Trainer pass besides."""
             loss = states = None
-            if xyz.dim() == 3:
-                if (xyz != xyz[:1]).any():
-                    raise BadInput("xyz [B, V, 3]: a batch must be of one atlas")
-                xyz = xyz[0]
+            if (xyz != xyz[:1]).any() and xyz.dim() == 3:
+                raise BadInput("xyz [B, V, 3]: a batch must be of one atlas")
+            xyz = xyz.view(-1, *xyz.shape[-2:])[0]
             if isinstance(self.model, BrainLMRegressor):
                 prediction = self.model(signal, xyz)                                 # [B]
                 if labels is not None:
