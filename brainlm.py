@@ -1157,8 +1157,7 @@ def evaluate_model(model, data):
     if isinstance(model, BrainLMRegressor):
         prediction = predict_recordings(model, data, range(len(data.val)))
         return evaluate_regression(data, prediction), prediction
-    tables = evaluate_reconstruction(model, data)
-    return tables | evaluate_networks(model, data), None
+    return evaluate_reconstruction(model, data) | evaluate_networks(model, data), None
 
 def markdown(tables):
     """The tables as Markdown, for the terminal and for the model card."""
