@@ -875,7 +875,7 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
             loss = states = None
             if (xyz != xyz[:1]).any() and xyz.dim() == 3:
                 raise BadInput("xyz [B, V, 3]: a batch must be of one atlas")
-            xyz = xyz.view(-1, *xyz.shape[-2:])[0]
+            xyz = xyz.reshape(-1, *xyz.shape[-2:])[0]
             if isinstance(self.model, BrainLMRegressor):
                 prediction = self.model(signal, xyz)                                 # [B]
                 if labels is not None:
