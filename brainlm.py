@@ -667,24 +667,22 @@ def as_text(column):
     return column.cast(pa.string()).to_pylist()
 
 def open_coordinates(path):
-    """read_coordinates; BadInput for one that is missing or not finite, a note for odd units.
-    Networks come as text."""
-    table = read_arrow(path)
-    for axis in "XYZ":
-        numbers = open_numbers(table, axis, path)
-        if np.isnan(numbers).any():
-            raise BadInput(f"{path}: column {axis}, row {np.argmax(np.isnan(numbers))} is missing")
-    if len(table) == 0:
+    """read_coordinates, networks as text; BadInput for what is missing, a note for odd units."""
+    table, networks = read_arrow(path), None
+    xyz = np.stack([open_numbers(table, axis, path) for axis in "XYZ"], axis=1)      # [V, 3]
+    if len(xyz) == 0:
         raise BadInput(f"{path} has no rows, of which each is a parcel")
-    xyz, networks = read_coordinates(path)
-    if networks is not None:
+    if np.isnan(xyz).any():
+        row, axis = np.argwhere(np.isnan(xyz))[0]
+        raise BadInput(f"{path}: column {'XYZ'[axis]}, row {row} is missing")
+    if "Network" in table.column_names:
         with refusing(f"{path}: column 'Network' cannot be text"):
             networks = as_text(read_column(table, "Network", path))
-    reach = xyz.abs().max().item()      # of a brain: 110 mm; and voxel indices are never negative
+    reach = np.abs(xyz).max()           # of a brain: 110 mm; and voxel indices are never negative
     if xyz.min() >= 0 or not 12 <= reach <= 200:
         print(f"note: {path}: coordinates up to {reach:.4g} do not look like MNI millimetres, by "
               "which the model tells what is near")
-    return xyz, networks
+    return torch.tensor(xyz, dtype=torch.float32), networks
 
 def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples=None):
     """A RecordingDataset in which every number has been looked at once. window: the least length in
