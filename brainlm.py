@@ -1261,8 +1261,7 @@ def make_missing_sample_data():
 def open_data(args, T):
     """The device of a command and its Data, whose windows are of T timepoints."""
     device, autocast = prepare_device(args)
-    paths = args.train_dataset_path, args.val_dataset_path, args.coords_dataset_path
-    if all(path.startswith("./sample_data/") for path in paths):
+    if args.train_dataset_path == DEMO["train_dataset_path"]:
         make_missing_sample_data()
     print("checking every number of the recordings", flush=True)
     xyz, networks = open_coordinates(args.coords_dataset_path)
@@ -1344,8 +1343,7 @@ def run_training(args, model, data, num_recordings, batch_loss):
     if state:
         print(f"resuming {folder} after step {first_step} of {num_steps}")
     elif num_steps * samples_per_step < 100:    # 60 parcels: masked R2 .01, as before the first
-        print(f"note: {num_steps} steps of {samples_per_step} windows are too few to learn much: "
-              "raise --max_steps")
+        print(f"note: {num_steps} steps are too few to learn much: raise --max_steps")
 
     def loss_of_samples(model, step, i):        # every process takes its own part of the samples
         batch = ((step - first_step) * accumulation + i) * WORLD_SIZE + RANK
@@ -1627,8 +1625,7 @@ def parse(arguments=None):
     paths = [name for name in DEMO if (args.command, name) != ("pretrain", "model_name_or_path")]
     missing = [name for name in paths if getattr(args, name) is None]
     if 0 < len(missing) < len(paths):
-        raise BadInput(f"give {', '.join('--' + name for name in missing)} too: own paths and the "
-                       "demo's do not mix")
+        raise BadInput(f"give --{', --'.join(missing)} too: own paths and the demo's do not mix")
     for name in missing:
         setattr(args, name, DEMO[name])
     for name in DROPOUT:
