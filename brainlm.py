@@ -685,9 +685,8 @@ def open_coordinates(path):
     return torch.tensor(xyz, dtype=torch.float32), networks
 
 def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples=None):
-    """A RecordingDataset in which every number has been looked at once. window: the least length in
-    timepoints; num_parcels: how many there must be (None: as at the first timepoint). BadInput
-    names row, timepoint and parcel; a note tells of recordings that are not of order one."""
+    """A RecordingDataset of which every number has been looked at. window: the least number of
+    timepoints; num_parcels: None for as many as the first timepoint has."""
     where, odd = f"{path}: column {recording_col!r}", []
     with refusing(f"{where} must hold (timepoints, parcels), lists of lists of numbers"):
         dataset = RecordingDataset(path, recording_col, max_samples)
@@ -788,10 +787,9 @@ def model_folder(name):
         return Path(importlib.import_module("huggingface_hub").snapshot_download(str(name)))
 
 def from_pretrained(model_class, name_or_path, **changes):
-    """A BrainLM or BrainLMRegressor (nn.Module: what there is) from a run folder or, "user/name",
-    from the Hub, in evaluation mode. BrainLM also takes the backbone of a regressor. changes:
-    fields of its config that shall be others, such as mask_ratio. BadInput if anything is missing,
-    broken or does not fit."""
+    """A BrainLM (or a regressor's backbone) or BrainLMRegressor (nn.Module: what there is) from a
+    run folder or, "user/name", from the Hub, in evaluation mode. changes: fields of its config that
+    shall be others, such as mask_ratio."""
     folder = model_folder(name_or_path)
     file = folder / "config.json"
     with refusing(f"{file} is missing, not of a BrainLM, or of another version of brainlm.py"):
@@ -984,9 +982,8 @@ def evaluate_reconstruction(model, data):
     return tables
 
 def compare(prediction, opponents, target, horizons):
-    """{method: {name: score}} of BrainLM's prediction and of its opponents, (method, expected) for
-    each ridge: the best one counts. Arrays [hidden tokens, P]; horizons: timepoints ahead that have
-    a column of their own. The best opponent comes first."""
+    """{method: {name: score}} of BrainLM's prediction, [hidden tokens, P], and of its opponents,
+    (method, expected) for each ridge: the best one counts. horizons: timepoints ahead to score."""
     def row_of(expected):
         row = scores(expected, target)
         for h in horizons:
@@ -1034,9 +1031,8 @@ def masked_opponents(dataset, signal, mask):
         yield "Gaussian conditional mean", np.concatenate(expected)
 
 def forecasting_opponents(dataset, signal, mask):
-    """Yield (name, expected) for each ridge. Persistence repeats the last value, ridge
-    autoregression expects a parcel's next P values from its own last P, vector autoregression the
-    next timepoint of all parcels from their last two, and so on."""
+    """Yield (name, expected) for each ridge: the last value repeated, a parcel's next P values from
+    its own last P, and the next timepoint of all parcels from their last two, and so on."""
     V, P = dataset.num_parcels, signal.shape[1] // mask.shape[1]
     sliding = np.lib.stride_tricks.sliding_window_view
     own = gaussian(dataset, lambda signal: sliding(signal, 2 * P, axis=0).reshape(-1, 2 * P))
@@ -1068,9 +1064,8 @@ def knn_accuracy(distance, labels, k=5):
     return right / len(labels)
 
 def parcel_distances(model, data):
-    """How far parcels are from each other, {method: [V, V]}, on average over windows: by what the
-    model's states, or functional connectivity, have in common, by rows of either (profiles), and
-    by coordinates."""
+    """How far parcels are from each other, {method: [V, V]}, on average over windows: by states of
+    the model, by functional connectivity, by rows of either (profiles), and by coordinates."""
     signal = some_windows(data.val, model.config.num_timepoints_per_voxel, MAX_WINDOWS)
     similarity, connectivity = np.zeros((2, len(data.xyz), len(data.xyz)))
     for window in signal.split(1):                                           # [1, T, V] each
@@ -1231,13 +1226,12 @@ if all(os.environ.get(name) for name in LAUNCHED):      # by torchrun; one left 
     RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in LAUNCHED[:3])
 
 def prepare_device(args):
-    """The device, where --device auto is the fastest there is, and a function that makes the
-    autocast context of a batch, where --dtype auto is bfloat16 on CUDA. Under torchrun it starts
-    the process group."""
+    """The device and a function that makes the autocast context of a batch. Under torchrun it
+    starts the process group."""
     name = args.device
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
     with refusing(f"--device {name}: this machine or this build of torch has none"):
         torch.zeros(1, device=name)
     if args.dtype not in ("auto", "float32", "bfloat16"):
@@ -1399,9 +1393,8 @@ def run_training(args, model, data, num_recordings, batch_loss):
     print(f"\nthe model is in {folder}")
 
 def report(args, model, data, folder, num_steps=None):
-    """Evaluate a model, print the tables, and leave in a folder evaluation.json, README.md after
-    num_steps of training and a regressor's predictions.csv: the results first, what could fail
-    last."""
+    """Evaluate a model, print the tables and leave what comes of it in a folder, after num_steps of
+    training with a model card: the results first, what could fail last."""
     tables, prediction = evaluate_model(model, data)
     print(markdown(tables), flush=True)
     if RANK > 0:
@@ -1581,12 +1574,8 @@ def comments_of(config_class):
 def command_line():
     """The flags are the fields of dataclasses, named as in the reference implementation."""
     parser = OneLineParser(
-        prog="brainlm.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=(
-            "BrainLM in one file. Without flags, on the sample data (which pretrain makes):\n"
-            "  python brainlm.py pretrain      learn to fill in and to forecast, 3 minutes\n"
-            "  python brainlm.py finetune      then to predict people's age\n"
-            "  python brainlm.py evaluate      tables of the pretrained model and simple methods\n"
-            "The flags of a command, for own data: python brainlm.py COMMAND --help"))
+        prog="brainlm.py", description="BrainLM in one file. Commands without flags run on sample "
+        "data, pretrain first (3 minutes). For own data: python brainlm.py COMMAND --help")
     commands = parser.add_subparsers(dest="command", required=True)
     for run, (groups, defaults) in COMMANDS.items():
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
@@ -1619,8 +1608,8 @@ DEMO = {"train_dataset_path": "./sample_data/train", "val_dataset_path": "./samp
         "coords_dataset_path": "./sample_data/coords", "model_name_or_path": "./runs/pretrain"}
 
 def parse(arguments=None):
-    """The flags of a command. Paths that are not given are the demo's: all of them or none, lest
-    own recordings meet the demo's coordinates, people or model, which may fit by chance."""
+    """The flags of a command. Of the paths all or none are the demo's: own recordings must not meet
+    its coordinates, people or model, which may fit by chance."""
     args = command_line().parse_args(arguments)
     paths = [name for name in DEMO if (args.command, name) != ("pretrain", "model_name_or_path")]
     missing = [name for name in paths if getattr(args, name) is None]
