@@ -723,11 +723,6 @@ def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples
               "robust_scale of sample_data.py brings parcels to median 0, interquartile range 1")
     return dataset
 
-def evenly(items, most):
-    """At most so many of the items, evenly spaced."""
-    chosen = np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int)
-    return [items[i] for i in chosen]
-
 def open_target(dataset, column, least):
     """The targets of all rows, float64, NaN where there is none. BadInput where fewer than `least`
     differ; with 0 the column may be absent."""
@@ -916,6 +911,11 @@ def fixed_windows(dataset, rows, T):
         last = int(dataset.lengths[row]) - T
         windows += [(row, start) for start in [*range(0, last, T), last]]
     return windows
+
+def evenly(items, most):
+    """At most so many of the items, evenly spaced."""
+    chosen = np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int)
+    return [items[i] for i in chosen]
 
 @torch.no_grad()
 def in_batches(data, function, *tensors):
@@ -1168,9 +1168,8 @@ def markdown(tables):
 
 @torch.no_grad()
 def forecast(model, signal, xyz, num_timepoints):
-    """Continue a recording: signal [B, >= P timepoints, V] -> [B, num_timepoints, V].
-    Patch by patch: append a hidden one, predict it, take the prediction for truth. Once the
-    window is as long as in training, the oldest patch leaves it."""
+    """Continue a recording: signal [B, >= P, V] -> [B, num_timepoints, V]. Patch by patch: append a
+    hidden one, predict it, take the prediction for truth; no window is longer than in training."""
     P, T = model.config.timepoint_patching_size, model.config.num_timepoints_per_voxel
     known = signal
     while known.shape[1] < signal.shape[1] + num_timepoints:
@@ -1190,9 +1189,9 @@ def embed(model, signal, xyz):
 
 @torch.no_grad()
 def attention(model, signal, xyz, layer, mask=None):
-    """Attention weights of a layer (0: the first), [B, heads, S, S], rows sum to one. Row 0 is CLS:
-    its columns 1.., unflattened to (N, V), say how much it reads each parcel at each patch. mask:
-    bool [B, N, V] or None. For looking at: it builds the S x S matrix that training avoids."""
+    """Attention weights of a layer (0: the first), [B, heads, S, S], rows sum to one: of row 0, CLS,
+    columns 1.. unflattened to (N, V) tell how much it reads each parcel at each patch. For looking
+    at: it builds the S x S matrix that training avoids."""
     B, T, V = signal.shape
     N = T // model.config.timepoint_patching_size
     hidden = torch.zeros(B, N, V, dtype=torch.bool) if mask is None else mask.cpu()
