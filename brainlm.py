@@ -221,8 +221,8 @@ def random_mask(B, N, V, mask_ratio, generator=None):
     return mask.scatter_(2, order[:, :, :num_hidden], True)
 
 def forward_mask(B, N, V):
-    """bool [B, N, V], True = hidden: the last temporal token of each parcel. To reconstruct it is
-    to forecast, since nothing reads the future."""
+    """bool [B, N, V], True = hidden: the last temporal token of each parcel. To fill it in is to
+    forecast, since nothing reads the future."""
     mask = torch.zeros(B, N, V, dtype=torch.bool)
     mask[:, -1] = True
     return mask
@@ -1189,8 +1189,8 @@ def embed(model, signal, xyz):
 
 @torch.no_grad()
 def attention(model, signal, xyz, layer, mask=None):
-    """Attention weights of a layer (0: the first), [B, heads, S, S], rows sum to one: of row 0, CLS,
-    columns 1.. unflattened to (N, V) tell how much it reads each parcel at each patch. For looking
+    """Attention weights of a layer (0: the first), [B, heads, S, S], rows sum to one. Columns 1.. of
+    row 0, CLS, unflattened to (N, V), tell how much it reads each parcel at each patch. For looking
     at: it builds the S x S matrix that training avoids."""
     B, T, V = signal.shape
     N = T // model.config.timepoint_patching_size
