@@ -1189,9 +1189,9 @@ def embed(model, signal, xyz):
 
 @torch.no_grad()
 def attention(model, signal, xyz, layer, mask=None):
-    """Attention weights of a layer (0: the first), [B, heads, S, S], rows sum to one. Columns 1.. of
-    row 0, CLS, unflattened to (N, V), tell how much it reads each parcel at each patch. For looking
-    at: it builds the S x S matrix that training avoids."""
+    """Attention weights of a layer (0: the first), [B, heads, S, S], rows sum to one. Row 0 is CLS:
+    its columns 1.., unflattened to (N, V), say how much it reads each parcel at each patch. For
+    looking at: it builds the S x S matrix that training avoids."""
     B, T, V = signal.shape
     N = T // model.config.timepoint_patching_size
     hidden = torch.zeros(B, N, V, dtype=torch.bool) if mask is None else mask.cpu()
