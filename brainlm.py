@@ -680,8 +680,7 @@ def open_coordinates(path):
             networks = as_text(read_column(table, "Network", path))
     reach = np.abs(xyz).max()           # of a brain: 110 mm; and voxel indices are never negative
     if xyz.min() >= 0 or not 12 <= reach <= 200:
-        print(f"note: {path}: coordinates up to {reach:.4g} do not look like MNI millimetres, by "
-              "which the model tells what is near")
+        print(f"note: {path}: coordinates up to {reach:.4g} do not look like MNI millimetres")
     return torch.tensor(xyz, dtype=torch.float32), networks
 
 def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples=None):
@@ -700,9 +699,9 @@ def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples
     for row, (start, length) in enumerate(zip(dataset.starts, dataset.lengths)):
         wrong = np.flatnonzero(widths[start:start + length] != V)
         if len(wrong):
-            raise BadInput(f"{where}, row {row}, timepoint {wrong[0]} has "
-                           f"{widths[start + wrong[0]]} parcels, not {V}: ragged, transposed "
-                           "(timepoints come first), of another atlas than the coordinates?")
+            t, width = wrong[0], widths[start + wrong[0]]
+            raise BadInput(f"{where}, row {row}, timepoint {t} has {width} parcels, not {V}: ragged, "
+                           "transposed (timepoints come first) or of another atlas?")
         if length < window:
             raise BadInput(f"{where}, row {row} has {length} timepoints, the window {window}: "
                            "leave it out or lower --num_timepoints_per_voxel")
@@ -733,8 +732,7 @@ def open_target(dataset, column, least):
     if len(np.unique(target[known])) < least:
         raise BadInput(f"{dataset.path}: column {column!r} has fewer than {least} different values")
     if not known.all():
-        print(f"{dataset.path}: {(~known).sum()} of {len(known)} recordings have no {column}: "
-              "neither learned from nor scored")
+        print(f"note: {dataset.path}: {(~known).sum()} rows without {column} are left out")
     return target
 
 # --------------------------------------------------------------------------------------------------
@@ -793,8 +791,7 @@ def from_pretrained(model_class, name_or_path, **changes):
         settings = {option.name: saved[option.name] for option in fields(BrainLMConfig)}
         config = check_config(BrainLMConfig(**settings | changes), f"{file}: ")
     if model_class is BrainLMRegressor and saved_class is BrainLM:
-        raise BadInput(f"{folder} holds a BrainLM without a regression head: "
-                       "python brainlm.py finetune makes one")
+        raise BadInput(f"{folder} holds no BrainLMRegressor: python brainlm.py finetune makes one")
     if config.num_attention_heads != settings["num_attention_heads"]:       # shapes do not tell
         raise BadInput(f"{folder}: the weights are of {settings['num_attention_heads']} "
                        f"num_attention_heads, not {config.num_attention_heads}")
@@ -850,8 +847,7 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
             model, info = super().from_pretrained(*names, output_loading_info=True, **settings)
             missing = [*info["missing_keys"], *info["mismatched_keys"]]
             if missing:
-                raise BadInput(f"{names[0]} lacks weights of this model, or has others: "
-                               f"{missing[0]}")
+                raise BadInput(f"{names[0]} has no weights that fit {missing[0]}")
             return (model, info) if output_loading_info else model
 
         def __getattr__(self, name):
@@ -1284,8 +1280,7 @@ def prepare_folder(args):
     the model to start from would be lost. With --overwrite_output_dir the old results go."""
     folder = Path(args.output_dir)
     if args.model_name_or_path and Path(args.model_name_or_path).resolve() == folder.resolve():
-        raise BadInput(f"--output_dir {folder} is the folder that training starts from: choose "
-                       "another")
+        raise BadInput(f"--output_dir {folder} is what training starts from: choose another")
     folder.mkdir(parents=True, exist_ok=True)
     present = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
     if present and "training_state.pt" not in present:
