@@ -1248,7 +1248,7 @@ def make_missing_sample_data():
         dist.barrier()
 
 def open_data(args, T):
-    """The device of a command and its Data, whose windows are of T timepoints."""
+    """The Data of a command, whose windows are of T timepoints."""
     device, autocast = prepare_device(args)
     if args.train_dataset_path == DEMO["train_dataset_path"]:
         make_missing_sample_data()
@@ -1266,8 +1266,8 @@ def open_data(args, T):
     if both:                                    # people, or folders where these are not named
         print(f"note: {min(map(str, both))} ({len(both)} in all) is in the training and in the "
               "validation data: scores tell nothing of new people")
-    return device, Data(xyz.to(device), networks, train_set, val_set, autocast=autocast,
-                        batch_size=args.per_device_eval_batch_size)
+    return Data(xyz.to(device), networks, train_set, val_set, autocast=autocast,
+                batch_size=args.per_device_eval_batch_size)
 
 # --------------------------------------------------------------------------------------------------
 # 14. A run: training, and what makes it last
@@ -1453,8 +1453,8 @@ def pretrain(args):
     else:
         model = BrainLM(check_config(BrainLMConfig(**settings)))
     config = model.config
-    device, data = open_data(args, config.num_timepoints_per_voxel)
-    model.to(device).cls_token.requires_grad_(False)    # no parcel reads CLS: nothing trains it
+    data = open_data(args, config.num_timepoints_per_voxel)
+    model.to(data.xyz.device).cls_token.requires_grad_(False)   # no parcel reads CLS
     random_mask(1, 1, len(data.xyz), config.mask_ratio)         # refuses a ratio that hides nothing
 
     def batch_loss(model, samples, step):
@@ -1469,7 +1469,7 @@ def finetune(args):
     settings = settings_of(BrainLMConfig, vars(args))
     backbone = BrainLM.from_pretrained(args.model_name_or_path, **settings)
     T = backbone.config.num_timepoints_per_voxel
-    device, data = open_data(args, T)
+    data = open_data(args, T)
     data.column = args.variable_of_interest_col_name
     data.val_target = open_target(data.val, data.column, least=1)
     data.target = open_target(data.train, data.column, least=2)
@@ -1477,7 +1477,7 @@ def finetune(args):
     std = data.target[rows].std()
 
     torch.manual_seed(args.seed)
-    model = BrainLMRegressor(backbone.config, data.target[rows].mean(), std).to(device)
+    model = BrainLMRegressor(backbone.config, data.target[rows].mean(), std).to(data.xyz.device)
     model.backbone.load_state_dict(backbone.state_dict())
     model.backbone.requires_grad_(not args.freeze_backbone)
     for unused in model.backbone.head.weight, model.backbone.head.bias, model.backbone.mask_token:
@@ -1491,8 +1491,8 @@ def finetune(args):
     def batch_loss(model, samples, step):
         windows = [data.train.training_window(n, rows, T, args.seed) for n in samples]
         target = torch.tensor([data.target[row] for row, _ in windows], dtype=torch.float32)
-        prediction = model(data.train.batch(windows, T).to(device), data.xyz)
-        return regression_loss(prediction, target.to(device), std)
+        prediction = model(data.train.batch(windows, T), data.xyz)
+        return regression_loss(prediction, target.to(data.xyz.device), std)
 
     run_training(args, model, data, len(rows), batch_loss)
 
@@ -1503,8 +1503,8 @@ def evaluate(args):
     folder = Path(args.output_dir or (name if Path(name).is_dir() else f"runs/{name}"))
     folder.mkdir(parents=True, exist_ok=True)
     model = from_pretrained(nn.Module, source, **settings_of(BrainLMConfig, vars(args)))
-    device, data = open_data(args, model.config.num_timepoints_per_voxel)
-    model.to(device)
+    data = open_data(args, model.config.num_timepoints_per_voxel)
+    model.to(data.xyz.device)
     if isinstance(model, BrainLMRegressor):
         data.column, file = args.variable_of_interest_col_name, source / "args.json"
         if data.column is None:
