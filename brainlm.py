@@ -700,8 +700,8 @@ def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples
         wrong = np.flatnonzero(widths[start:start + length] != V)
         if len(wrong):
             t, width = wrong[0], widths[start + wrong[0]]
-            raise BadInput(f"{where}, row {row}, timepoint {t} has {width} parcels, not {V}: ragged, "
-                           "transposed (timepoints come first) or of another atlas?")
+            raise BadInput(f"{where}, row {row}, timepoint {t} has {width} parcels, not {V}: "
+                           "ragged, transposed (timepoints come first) or of another atlas?")
         if length < window:
             raise BadInput(f"{where}, row {row} has {length} timepoints, the window {window}: "
                            "leave it out or lower --num_timepoints_per_voxel")
@@ -1153,8 +1153,7 @@ def markdown(tables):
     lines = []
     for title, table in tables.items():
         title = title.replace("|", "\\|")       # a bar in a column's name
-        width = max(map(len, [title, *table]))
-        columns = next(iter(table.values()))
+        width, columns = max(map(len, [title, *table])), next(iter(table.values()))
         lines += ["", f"| {title:<{width}} |" + "".join(f"{name:>10} |" for name in columns),
                   f"| {'-' * width} |" + " --------: |" * len(columns)]
         for name, row in table.items():
