@@ -1396,8 +1396,7 @@ def report(args, model, data, folder, num_steps=None):
         content = to_json({"args": vars(args), "tables": tables}, indent=2)
         write_atomically(folder / "evaluation.json", content)
     if num_steps is not None:
-        card = model_card(model, data.train, num_steps, tables)
-        write_atomically(folder / "README.md", card)
+        write_atomically(folder / "README.md", model_card(model, data.train, num_steps, tables))
     if prediction is not None:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(prediction_lines(data.val, prediction))
