@@ -620,7 +620,7 @@ def settings_of(config_class, values):
             if values.get(option.name) is not None}
 
 def check_numbers(settings):
-    """BadInput names the first number that cannot be in {name: value}, flags or a config.json."""
+    """BadInput names the first of {name: number}, flags or a config.json, that cannot be."""
     for name, value in settings.items():
         least = 0 if type(value) is float or name in ("seed", "eval_steps") else 1
         most = 1 if name.endswith(("_prob", "_ratio")) else sys.maxsize
