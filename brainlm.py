@@ -200,9 +200,8 @@ class SpatialEncoding(nn.Module):
         return self.linear(waves.flatten(1).to(self.linear.weight.dtype))       # [V, H]
 
 def temporal_encoding(N, hidden_size, device=None):
-    """When a patch is: the sinusoid of Vaswani et al. 2017, section 3.5, [N, H]. Its slowest wave
-    takes 2 pi * base patches for a turn. Their base is 10,000, for texts of thousands of words; of
-    the tens of patches in a window nearly all those waves would stand still. So it is 100 here."""
+    """When a patch is: the sinusoid of Vaswani et al. 2017, section 3.5, [N, H]. Their base 10,000
+    is for thousands of words: over tens of patches nearly all waves would stand still. Here: 100."""
     place = torch.arange(N, device=device)[:, None]                             # [N, 1]
     exponent = -torch.arange(0, hidden_size, 2, device=device) / hidden_size    # [H / 2], 0 to ~ -1
     angles = place * 100.0 ** exponent                                          # [N, H / 2]
@@ -247,7 +246,7 @@ def block_causal_mask(N, V, hidden=None):
 
 def visible_tokens(mask):
     """What a mask, bool [B, N, V], leaves visible: where among the N * V parcel tokens, int64
-    [B, visible], and how many in each patch, a list of N. These are the same for all samples."""
+    [B, visible], and how many in each patch, a list of N, the same for all samples."""
     visible = ~mask
     counts = visible.sum(dim=2)                                                  # [B, N]
     if len(mask) == 0 or (counts != counts[0]).any():
@@ -434,8 +433,8 @@ def regression_loss(prediction, target, target_std):
 class Muon(torch.optim.Optimizer):
     """Jordan et al. 2024. A gradient G = U S V' (its singular values S tell how long it is in which
     direction) becomes the step U V': equally long in all directions, so that what few samples agree
-    on is learned as fast as what all do. In float32, where torch.optim.Muon takes bfloat16: on CPUs
-    without units for that a training step would take five times as long."""
+    on is learned as fast as what all do. In float32: bfloat16, which torch.optim.Muon takes, makes
+    a training step five times as long on CPUs without units for it."""
 
     def __init__(self, matrices, weight_decay):
         super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay})
@@ -477,9 +476,8 @@ def train(model, optimizers, batch_loss, training, num_steps, first_step=0):
     """Train the model in place: `for step, loss in train(...)`, from first_step to num_steps.
     batch_loss(model, step, i) -> scalar loss of the step's i-th batch.
 
-    It yields before the update: `step` updates are done, and the next one is known to be finite
-    (else BadInput). So whoever saves or validates there has weights that are sound, and who goes on
-    from them computes this very step again."""
+    It yields before the update: `step` updates are done, and the next one is known to be finite.
+    Who saves there saves sound weights, and who goes on from them computes this very step again."""
     accumulation = training.gradient_accumulation_steps
     warmup = max(1, round(training.warmup_ratio * num_steps))
     for step in range(first_step, num_steps):
