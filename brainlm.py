@@ -201,7 +201,7 @@ class SpatialEncoding(nn.Module):
 
 def temporal_encoding(N, hidden_size, device=None):
     """When a patch is: the sinusoid of Vaswani et al. 2017, section 3.5, [N, H]. Their base 10,000
-    is for thousands of words: over tens of patches nearly all waves would stand still. Here: 100."""
+    is for thousands of words: over tens of patches nearly all waves would stand still. Here 100."""
     place = torch.arange(N, device=device)[:, None]                             # [N, 1]
     exponent = -torch.arange(0, hidden_size, 2, device=device) / hidden_size    # [H / 2], 0 to ~ -1
     angles = place * 100.0 ** exponent                                          # [N, H / 2]
