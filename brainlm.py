@@ -858,18 +858,18 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
             signal itself, over what the mask hides (without one: a random mask's tokens); for a
             regressor the target, [B]. others: what pipelines and Trainer pass besides."""
             loss = states = None
-            if (xyz != xyz[:1]).any() and xyz.dim() == 3:
+            xyz = xyz.reshape(-1, *xyz.shape[-2:])                       # [B or 1, V, 3]
+            if (xyz != xyz[:1]).any():
                 raise BadInput("xyz [B, V, 3]: a batch must be of one atlas")
-            xyz = xyz.reshape(-1, *xyz.shape[-2:])[0]
             if isinstance(self.model, BrainLMRegressor):
-                prediction = self.model(signal, xyz)                                 # [B]
+                prediction = self.model(signal, xyz[0])                              # [B]
                 if labels is not None:
                     loss = regression_loss(prediction, labels.flatten(), self.model.target_std)
             else:
                 if mask is None and labels is not None:
                     N = signal.shape[1] // self.config.timepoint_patching_size
-                    mask = random_mask(len(signal), N, len(xyz), self.config.mask_ratio)
-                prediction, states = self.model(signal, xyz, mask)       # [B, T, V], [B, S, H]
+                    mask = random_mask(len(signal), N, len(xyz[0]), self.config.mask_ratio)
+                prediction, states = self.model(signal, xyz[0], mask)    # [B, T, V], [B, S, H]
                 if labels is not None:
                     loss = reconstruction_loss(prediction, labels, mask, self.config.loss_fn)
             output = MaskedLMOutput(loss=loss, logits=prediction, hidden_states=states)
