@@ -887,7 +887,6 @@ WATCHED_WINDOWS = 20                                # of these while training
 @dataclass
 class Data:
     """What a model is trained and evaluated on."""
-
     xyz: torch.Tensor                           # [V, 3] in mm, on the model's device
     networks: list                              # V labels, None for a parcel without; or None
     train: RecordingDataset
