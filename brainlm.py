@@ -27,67 +27,69 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 # ==================================================================================================
-# Part I: the lesson
+# Part I: the lesson, in the order of the data
 # ==================================================================================================
-class BadInput(ValueError):
-    """A fault in data, flags or files that the user can mend: the commands print it as one line."""
-
 
 # --------------------------------------------------------------------------------------------------
 # 1. Configuration
 
 @dataclass
 class BrainLMConfig:
-    """What defines a model: the config.json of a run folder. Each field is a flag of `pretrain`."""
-
-    num_timepoints_per_voxel: int = 200       # T of a training window (names: the published code's)
-    timepoint_patching_size: int = 20         # P
+    """What defines a model: the config.json of a run folder. Each field is a flag of `pretrain`,
+    its comment the help; the names are those of the published code."""
+    num_timepoints_per_voxel: int = 200       # T, timepoints of a window
+    timepoint_patching_size: int = 20         # P, timepoints of a patch
     hidden_size: int = 128                    # H, width of a token
-    num_hidden_layers: int = 4
+    num_hidden_layers: int = 4                # each: attention, then an MLP
     num_attention_heads: int = None           # None: an even number, about H / 64
     intermediate_size: int = None             # width of the MLP in a layer; None: 4 * H
-    mask_ratio: float = 0.75                  # share of the tokens that a random mask hides
+    mask_ratio: float = 0.75                  # share of the parcels that a random mask hides
     forward_mask_prob: float = 0.3            # share of the training steps that learn to forecast
     loss_fn: str = "mse"                      # or "mae", which outliers move less
 
     def __post_init__(self):
-        if self.num_attention_heads is None:    # even: section 9 makes half of them temporal
+        if self.num_attention_heads is None:    # half of them look around in space, half back in
+            # time (see the appendix); few, since a head has D = H / heads numbers to tell places by
             even = range(2, max(2, self.hidden_size // 64) + 1, 2)
             self.num_attention_heads = max([n for n in even if self.hidden_size % n == 0] + [2])
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
 
-
 @dataclass
 class TrainingConfig:
     """How a model is trained. Each field is a flag of `pretrain` and of `finetune`."""
-
     per_device_train_batch_size: int = 2      # windows a process takes at once
     gradient_accumulation_steps: int = 1      # batches that make one step
     learning_rate: float = 2e-3               # after warm-up
     weight_decay: float = 0.1                 # of matrices alone
     warmup_ratio: float = 0.05                # share of the steps in which the rate rises
-    seed: int = 0
+    seed: int = 0                             # of all that is random
 
-
-# Knobs that have no flag; like the factors of section 9, they were found by trying.
+# Knobs that have no flag; benchmarks/ablations.py shows what each is worth.
 ADAM_BETAS = 0.9, 0.95         # not 0.999: a run of 250 steps has no time to average over 1,000
-MUON_RATE = 3.0                # Muon's learning rate = this times AdamW's; 6 was no better
+MUON_RATE = 3.0                # Muon's learning rate = this times AdamW's
 MAX_GRADIENT_NORM = 1.0        # longer gradients are cut to this: one odd recording moves little
 FORWARD_HIDDEN = 1 / 3         # probability that a forward step hides an earlier temporal token
 
-
 # --------------------------------------------------------------------------------------------------
 # 2. Data: folders as datasets.Dataset.save_to_disk of Hugging Face writes them
+
+class BadInput(ValueError):
+    """A fault in data, flags or files that the user can mend: the commands print it as one line."""
+
+def seeded_generator(seed, stream, number):
+    """A source of random numbers for one use: (0, "random mask", 17) is that of sample 17's mask.
+    No draw depends on what was drawn before. So a run that was stopped goes on as if it had not
+    been, and any number of processes together draws what one would."""
+    digest = hashlib.sha256(f"{seed}, {stream}, {number}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))   # torch takes 32 bits
 
 def read_arrow(path):
     """The dataset in a folder as a pyarrow.Table. state.json lists its files, which are Arrow IPC
     streams. They are memory-mapped: a number stays on disk until somebody looks at it."""
     file, shards = Path(path, "state.json"), []
     try:
-        if Path(path, "dataset_dict.json").exists():
-            raise ValueError("there are several datasets: name one of the folders in it")
-        state = json.loads(file.read_text())
+        state = json.loads(file.read_text(encoding="utf-8"))
         if state.get("_indices_data_files"):
             raise ValueError("rows were selected or shuffled: flatten_indices() before saving")
         for entry in state["_data_files"]:
@@ -97,15 +99,14 @@ def read_arrow(path):
             shards.append(shard)
         return pa.concat_tables(shards)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{file} is missing, cut or not of save_to_disk ({error})") from error
-
+        raise BadInput(f"{file} is missing, cut, a Git LFS pointer (git lfs pull) or not of "
+                       f"save_to_disk; of several datasets, name one ({error})") from error
 
 def read_column(table, name, path):
     """A column of the table that was read from path."""
     if table.column_names.count(name) != 1:
         raise BadInput(f"{path}: no column {name!r} (there are {', '.join(table.column_names)})")
     return table[name]
-
 
 def read_coordinates(path):
     """Parcel centres, float32 [V, 3], in mm of MNI space (a standard brain), from columns X, Y, Z
@@ -114,7 +115,6 @@ def read_coordinates(path):
     axes = [read_column(table, axis, path).to_pylist() for axis in "XYZ"]
     networks = table["Network"].to_pylist() if "Network" in table.column_names else None
     return torch.from_numpy(np.array(axes, dtype=np.float32).T), networks    # [V, 3]
-
 
 class RecordingDataset:
     """The recordings in the column `recording_col` of a dataset, (timepoints, parcels) each, handed
@@ -127,7 +127,8 @@ class RecordingDataset:
         column = read_column(self.table, recording_col, path)
         # `datasets` may wrap the nested lists into an extension type, Array2D: take what it stores.
         recordings = pa.chunked_array([getattr(chunk, "storage", chunk) for chunk in column.chunks])
-        # Flattening drops a level of list offsets and copies nothing.
+        # Arrow keeps nested lists as one flat array and where each list starts: [[1, 2], [3, 4]] is
+        # 1 2 3 4 and 0 2 4. So to flatten is to leave out the starts, and copies nothing.
         self.timepoints = pc.list_flatten(recordings)    # of all recordings, one after the other
         self.values = pc.list_flatten(self.timepoints)   # every number of the column, in one row
         self.num_parcels = len(self.values) // max(1, len(self.timepoints))
@@ -163,19 +164,11 @@ class RecordingDataset:
         """(row, start) of the n-th training sample. Each epoch takes a random window of every row,
         the rows in a new random order."""
         epoch, i = divmod(n, len(rows))         # the order is drawn anew each time: nothing is kept
-        order = torch.randperm(len(rows), generator=generator(seed, "order of the rows", epoch))
-        row = int(rows[order[i]])
+        shuffle = seeded_generator(seed, "order of the rows", epoch)
+        row = int(rows[torch.randperm(len(rows), generator=shuffle)[i]])
         num_starts = int(self.lengths[row]) - num_timepoints + 1
-        return row, int(torch.randint(num_starts, (), generator=generator(seed, "window", n)))
-
-
-def generator(seed, stream, number):
-    """A source of random numbers for one use: (0, "random mask", 17) is that of sample 17's mask.
-    No draw depends on what was drawn before. So a run that was stopped goes on as if it had not
-    been, and any number of processes together draws what one would."""
-    digest = hashlib.sha256(f"{seed}, {stream}, {number}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))   # torch takes 32 bits
-
+        start = torch.randint(num_starts, (), generator=seeded_generator(seed, "window", n))
+        return row, int(start)
 
 # --------------------------------------------------------------------------------------------------
 # 3. Tokens: what (a patch of signal) + where (the parcel) + when (the patch's place in the window)
@@ -185,11 +178,9 @@ def patchify(signal, P):
     B, T, V = signal.shape
     return signal.reshape(B, T // P, P, V).transpose(2, 3)
 
-
 def unpatchify(patches):
     """Inverse of patchify: [B, N, V, P] -> [B, T, V]."""
     return patches.transpose(2, 3).flatten(1, 2)
-
 
 class SpatialEncoding(nn.Module):
     """Where a parcel is, learned from its coordinates: [V, 3] in MNI mm -> [V, H]. Why not a Linear
@@ -208,47 +199,83 @@ class SpatialEncoding(nn.Module):
         waves = torch.cat([angles.sin(), angles.cos()], dim=2)                  # [V, 3, 16]
         return self.linear(waves.flatten(1).to(self.linear.weight.dtype))       # [V, H]
 
-
 def temporal_encoding(N, hidden_size, device=None):
-    """When a patch is: the sinusoid of Vaswani et al. 2017, section 3.5, [N, H]. Its base is 100,
-    theirs 10,000: over the tens of patches of a window, waves that slow would stand still."""
+    """When a patch is: the sinusoid of Vaswani et al. 2017, section 3.5, [N, H]. Their base 10,000
+    is for thousands of words: over tens of patches nearly all waves would stand still. Here 100."""
     place = torch.arange(N, device=device)[:, None]                             # [N, 1]
     exponent = -torch.arange(0, hidden_size, 2, device=device) / hidden_size    # [H / 2], 0 to ~ -1
     angles = place * 100.0 ** exponent                                          # [N, H / 2]
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)         # [N, H]
 
-
 # --------------------------------------------------------------------------------------------------
-# 4. Attention. The sequence is [CLS, all parcels' tokens of patch 0, all parcels' of patch 1, ...]
+# 4. Masks: two that hide tokens, for pretraining, and one that says who may read whom
 
-def block_causal_mask(N, V):
-    """Who may read whom (for tests and pictures): bool [S, S], mask[i, j] = token i may read j.
-    A parcel's token reads all parcels of its own and earlier patches, never of later ones: so one
-    model fills gaps and forecasts. CLS (row 0) reads everything, and no parcel reads CLS (column
-    0): CLS knows the future, and would hand it back to the past from the second layer on."""
-    block = torch.arange(N).repeat_interleave(V)                # [N * V]: 0 0 0 1 1 1 ... (V = 3)
-    mask = torch.ones(1 + N * V, 1 + N * V, dtype=torch.bool)
-    mask[1:, 0] = False
-    mask[1:, 1:] = block[:, None] >= block[None, :]
+def random_mask(B, N, V, mask_ratio, generator=None):
+    """bool [B, N, V], True = hidden: exactly round(mask_ratio * V) parcels of each patch."""
+    num_hidden = round(mask_ratio * V)
+    if num_hidden == 0:
+        raise BadInput(f"mask_ratio {mask_ratio} hides none of {V} parcels: nothing to learn")
+    order = torch.rand(B, N, V, generator=generator).argsort(dim=2)      # B * N permutations of V
+    mask = torch.zeros(B, N, V, dtype=torch.bool)
+    return mask.scatter_(2, order[:, :, :num_hidden], True)
+
+def forward_mask(B, N, V):
+    """bool [B, N, V], True = hidden: the last temporal token of each parcel. To fill it in is to
+    forecast, since nothing reads the future."""
+    mask = torch.zeros(B, N, V, dtype=torch.bool)
+    mask[:, -1] = True
     return mask
 
-
-def block_causal_attention(q, k, v, V):
-    """Attention under block_causal_mask, which is never built: q, k, v and the result
-    [B, heads, S, D]. All rows of block t read the same columns, those of blocks 0..t: one dense
-    attention on slices of k and v. The fast kernels take no mask, but they do take slices; and
-    the upper triangle, nearly half of the S x S products, is never computed."""
-    S = q.shape[2]
-    outputs = [F.scaled_dot_product_attention(q[:, :, :1], k, v)]                         # CLS
-    for start in range(1, S, V):
-        stop = start + V
-        outputs.append(F.scaled_dot_product_attention(
-            q[:, :, start:stop], k[:, :, 1:stop], v[:, :, 1:stop]))
-    return torch.cat(outputs, dim=2)
-
+def block_causal_mask(N, V, hidden=None):
+    """Who may read whom (for tests and pictures): bool [S, S], mask[i, j] = token i may read j. The
+    sequence is [CLS, all parcels' tokens of patch 0, all parcels' tokens of patch 1, ...].
+    A parcel's token reads all tokens of its own patch and, of earlier patches, those that `hidden`,
+    bool [N, V], leaves visible: a hidden one was never told anything. It reads no later patch: so
+    one model fills gaps and forecasts. CLS (row 0) reads everything, and no parcel reads CLS
+    (column 0): it knows the future, and would hand that to the past from the second layer on."""
+    block = torch.arange(N).repeat_interleave(V)                # [N * V]: 0 0 0 1 1 1 ... (V = 3)
+    visible = torch.ones(N * V, dtype=torch.bool) if hidden is None else ~hidden.flatten()
+    same, earlier = block[:, None] == block, block[:, None] > block              # [N * V, N * V]
+    mask = torch.ones(1 + N * V, 1 + N * V, dtype=torch.bool)
+    mask[1:, 0] = False
+    mask[1:, 1:] = same | earlier & visible
+    return mask
 
 # --------------------------------------------------------------------------------------------------
-# 5. Model
+# 5. Attention under block_causal_mask, without building it
+
+def visible_tokens(mask):
+    """What a mask, bool [B, N, V], leaves visible: where among the N * V parcel tokens, int64
+    [B, visible], and how many in each patch, a list of N, the same for all samples."""
+    visible = ~mask
+    counts = visible.sum(dim=2)                                                  # [B, N]
+    if len(mask) == 0 or (counts != counts[0]).any():
+        raise BadInput("a mask must hide as many parcels of a patch in each sample of a batch")
+    index = visible.flatten(1).nonzero()[:, 1]                                   # [B * visible]
+    return index.view(len(mask), int(counts[0].sum())), counts[0].tolist()
+
+def block_causal_attention(q, k, v, V, visible=None):
+    """q, k, v and the result [B, heads, S, D]; visible: as of visible_tokens, None for all. All
+    tokens of a patch read the same tokens: so there is one dense attention for each patch, which
+    the fast kernels take, and what the mask forbids, more than half, is never computed."""
+    sizes, attend = [1] + [V] * ((q.shape[2] - 1) // V), F.scaled_dot_product_attention
+    q_cls, *q_patches = q.split(sizes, dim=2)            # [B, heads, 1, D], [B, heads, V, D] each
+    own_k, own_v = k.split(sizes, dim=2)[1:], v.split(sizes, dim=2)[1:]
+    past_k, past_v = own_k, own_v
+    if visible is not None:
+        index, counts = visible
+        index = 1 + index[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])  # after CLS
+        past_k = k.gather(2, index).split(counts, dim=2)     # N of [B, heads, visible tokens, D]
+        past_v = v.gather(2, index).split(counts, dim=2)
+    outputs = [attend(q_cls, k, v)]
+    for n, q_n in enumerate(q_patches):
+        k_n = torch.cat([*past_k[:n], own_k[n]], dim=2)
+        v_n = torch.cat([*past_v[:n], own_v[n]], dim=2)
+        outputs.append(attend(q_n, k_n, v_n))
+    return torch.cat(outputs, dim=2)
+
+# --------------------------------------------------------------------------------------------------
+# 6. Model
 
 class Layer(nn.Module):
     """A pre-norm transformer layer: attention, then an MLP, each added to the residual stream x."""
@@ -266,21 +293,21 @@ class Layer(nn.Module):
         self.down = nn.Linear(config.intermediate_size, H)
 
     def queries_keys_values(self, x, position):
-        """x [B, S, H], position [S, 2 * H] -> q, k, v, [B, heads, S, D] each. Where and when enter
-        queries and keys of every layer anew: who reads whom stays sharp as x fills with content."""
+        """x [B, S, H], position [S, 2 * H] -> q, k, v, [B, heads, S, D] each. Tokens hold where and
+        when already; here both enter once more, side by side, into queries and keys of every layer:
+        in x they mix with content, and who reads whom would blur from layer to layer."""
         q, k, v = self.qkv(self.attention_norm(x)).chunk(3, dim=-1)              # [B, S, H] each
         position_q, position_k = self.position_qk(position).chunk(2, dim=-1)     # [S, H] each
         # [B, S, H] -> [B, heads, S, D]: each head works on its own D of the H numbers of a token.
         return [tensor.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
                 for tensor in (q + position_q, k + position_k, v)]
 
-    def forward(self, x, position, V):
+    def forward(self, x, position, V, visible=None):
         """x [B, S, H], position [S, 2 * H] -> [B, S, H]."""
         q, k, v = self.queries_keys_values(x, position)
-        attended = block_causal_attention(q, k, v, V)                            # [B, heads, S, D]
+        attended = block_causal_attention(q, k, v, V, visible)                   # [B, heads, S, D]
         x = x + self.out(attended.transpose(1, 2).flatten(2))                    # [B, S, H]
         return x + self.down(F.gelu(self.up(self.mlp_norm(x)), approximate="tanh"))
-
 
 class BrainLM(nn.Module):
     """The backbone: reconstructs a recording from what the mask leaves of it. No parameter depends
@@ -298,7 +325,7 @@ class BrainLM(nn.Module):
         self.norm = nn.LayerNorm(H)
         self.head = nn.Linear(H, P)
         self.gradient_checkpointing = False     # True: less memory, a third more time to train
-        initial_weights(self)
+        initial_weights(self)                   # a start that is worth minutes: see the appendix
 
     def tokens(self, signal, xyz, mask=None):
         """signal [B, T, V], xyz [V, 3] in mm, mask bool [B, N, V] or None, on any device -> the
@@ -311,8 +338,8 @@ class BrainLM(nn.Module):
         patches = patchify(signal, P).to(self.cls_token)                             # [B, N, V, P]
         what = self.patch_projection(patches)                                        # [B, N, V, H]
         if mask is not None:                    # a hidden token keeps its where and its when
-            hidden = mask[..., None].to(what.device)                                 # [B, N, V, 1]
-            what = torch.where(hidden, self.mask_token.to(what.dtype), what)
+            is_hidden = mask[..., None].to(what.device)                              # [B, N, V, 1]
+            what = torch.where(is_hidden, self.mask_token.to(what.dtype), what)
         where = self.spatial_encoding(xyz.to(what.device))                           # [V, H]
         when = temporal_encoding(T // P, H, what.device).to(self.cls_token.dtype)    # [N, H]
         tokens = what + where + when[:, None]   # [B, N, V, H] + [V, H] + [N, 1, H]
@@ -323,82 +350,49 @@ class BrainLM(nn.Module):
 
     def forward(self, signal, xyz, mask=None):
         """signal float [B, T, V], xyz float [V, 3] in mm, mask bool [B, N, V] (True = hidden) or
-        None. Returns the reconstruction [B, T, V] and the hidden states [B, S, H], CLS first."""
-        V = signal.shape[2]
+        None. Returns the reconstruction [B, T, V] and the states [B, S, H] behind it, CLS first."""
+        V, visible = signal.shape[2], None
         x, position = self.tokens(signal, xyz, mask)                      # [B, S, H], [S, 2 * H]
+        if mask is not None:                    # once for all layers, where the mask is: on the CPU
+            index, counts = visible_tokens(mask.expand(len(signal), -1, -1))
+            visible = index.to(x.device), counts
         for layer in self.layers:
             if self.gradient_checkpointing:     # keep x alone, compute the rest again in backward
-                x = checkpoint(layer, x, position, V, use_reentrant=False)
+                x = checkpoint(layer, x, position, V, visible, use_reentrant=False)
             else:
-                x = layer(x, position, V)
+                x = layer(x, position, V, visible)
         states = self.norm(x)                                                        # [B, S, H]
         patches = self.head(states[:, 1:]).unflatten(1, (-1, V))                     # [B, N, V, P]
         return unpatchify(patches), states                          # [B, T, V], [B, S, H]
 
-    @torch.no_grad()
-    def forecast(self, signal, xyz, num_timepoints):
-        """Continue a recording: signal [B, >= P timepoints, V] -> [B, num_timepoints, V].
-        Patch by patch: append a hidden one, predict it, take the prediction for truth. Once the
-        window is as long as in training, the oldest patch leaves it."""
-        P, T = self.config.timepoint_patching_size, self.config.num_timepoints_per_voxel
-        known = signal
-        while known.shape[1] < signal.shape[1] + num_timepoints:
-            context = min(known.shape[1] // P * P, max(T - P, P))     # whole patches, room for one
-            window = torch.cat([known[:, -context:], torch.zeros_like(known[:, :P])], dim=1)
-            mask = forward_mask(len(window), window.shape[1] // P, window.shape[2])
-            patch = self(window, xyz, mask)[0][:, -P:]                               # [B, P, V]
-            known = torch.cat([known, patch.to(signal)], dim=1)
-        return known[:, signal.shape[1]:][:, :num_timepoints]
-
-
 # --------------------------------------------------------------------------------------------------
-# 6. Masking and loss
+# 7. Pretraining: what a step sees, and its loss
 
-def random_mask(B, N, V, mask_ratio, generator=None):
-    """bool [B, N, V], True = hidden: exactly round(mask_ratio * N * V) tokens of each sample."""
-    num_hidden = round(mask_ratio * N * V)
-    if num_hidden == 0:
-        raise BadInput(f"mask_ratio {mask_ratio} hides none of {N * V} tokens: nothing to learn")
-    order = torch.rand(B, N * V, generator=generator).argsort(dim=1)     # B permutations
-    mask = torch.zeros(B, N * V, dtype=torch.bool)                       # [B, N * V]
-    return mask.scatter_(1, order[:, :num_hidden], True).view(B, N, V)
-
-
-def forward_mask(B, N, V):
-    """bool [B, N, V], True = hidden: the last temporal token of each parcel. To reconstruct it is
-    to forecast, since nothing reads the future."""
-    mask = torch.zeros(B, N, V, dtype=torch.bool)
-    mask[:, -1] = True
-    return mask
-
+def pretraining_batch(dataset, config, seed, samples, step):
+    """Signal [B, T, V] and mask bool [B, N, V] of the samples with these numbers. The kind of mask
+    is one for the step, in all its batches."""
+    T, V = config.num_timepoints_per_voxel, dataset.num_parcels
+    N, B = T // config.timepoint_patching_size, len(samples)
+    windows = [dataset.training_window(n, range(len(dataset)), T, seed) for n in samples]
+    coin = seeded_generator(seed, "kind of mask", step)
+    if torch.rand((), generator=coin) < config.forward_mask_prob:
+        # Some earlier patches too, the same in all samples, [N, 1]: several forecasts in a window.
+        mask = forward_mask(B, N, V) | (torch.rand(N, 1, generator=coin) < FORWARD_HIDDEN)
+    else:
+        mask = torch.cat([random_mask(1, N, V, config.mask_ratio,
+                                      seeded_generator(seed, "random mask", n)) for n in samples])
+    return dataset.batch(windows, T), mask                                   # [B, T, V], [B, N, V]
 
 def reconstruction_loss(prediction, signal, mask, loss_fn="mse"):
     """Mean squared ("mse") or absolute ("mae") error over hidden tokens alone: a visible one could
     simply be copied. prediction, signal [B, T, V], mask bool [B, N, V]."""
     P = signal.shape[1] // mask.shape[1]
-    hidden = mask.repeat_interleave(P, dim=1)                                        # [B, T, V]
-    error = (prediction - signal)[hidden]
+    is_hidden = mask.repeat_interleave(P, dim=1).to(prediction.device)               # [B, T, V]
+    error = (prediction - signal.to(prediction.device))[is_hidden]
     return error.square().mean() if loss_fn == "mse" else error.abs().mean()
 
-
-def pretraining_batch(dataset, config, seed, samples, step):
-    """What a step learns from: signal [B, T, V] and mask bool [B, N, V] of the samples with these
-    numbers. The kind of mask is one for the step, in all its batches."""
-    T, V = config.num_timepoints_per_voxel, dataset.num_parcels
-    N, B = T // config.timepoint_patching_size, len(samples)
-    windows = [dataset.training_window(n, range(len(dataset)), T, seed) for n in samples]
-    random = generator(seed, "kind of mask", step)
-    if torch.rand((), generator=random) < config.forward_mask_prob:
-        # Some earlier patches too, the same in all samples, [N, 1]: several forecasts in a window.
-        mask = forward_mask(B, N, V) | (torch.rand(N, 1, generator=random) < FORWARD_HIDDEN)
-    else:
-        mask = torch.cat([random_mask(1, N, V, config.mask_ratio, generator(seed, "random mask", n))
-                          for n in samples])
-    return dataset.batch(windows, T), mask                                   # [B, T, V], [B, N, V]
-
-
 # --------------------------------------------------------------------------------------------------
-# 7. Regression head, for finetuning
+# 8. Regression head, for finetuning
 
 class BrainLMRegressor(nn.Module):
     """Backbone and a 3-layer MLP: signal [B, T, V] -> [B], in the target's own units (years, ...).
@@ -429,19 +423,18 @@ class BrainLMRegressor(nn.Module):
         standardised = self.mlp(features.to(self.mlp[0].weight.dtype)).squeeze(1).float()      # [B]
         return standardised * self.target_std + self.target_mean
 
-
 def regression_loss(prediction, target, target_std):
     """Mean squared error, in units of target_std: years and scores train alike. Both are [B]."""
     return ((prediction - target) / target_std).square().mean()
 
-
 # --------------------------------------------------------------------------------------------------
-# 8. Training
+# 9. Training
 
 class Muon(torch.optim.Optimizer):
-    """Jordan et al. 2024: makes a matrix's step equally long in all directions, so that what few
-    samples agree on is learned as fast as what all do. In float32, where torch.optim.Muon takes
-    bfloat16: on CPUs without units for that a training step would take five times as long."""
+    """Jordan et al. 2024. A gradient G = U S V' (its singular values S tell how long it is in which
+    direction) becomes the step U V': equally long in all directions, so that what few samples agree
+    on is learned as fast as what all do. In float32: bfloat16, which torch.optim.Muon takes, makes
+    a training step five times as long on CPUs without units for it."""
 
     def __init__(self, matrices, weight_decay):
         super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay})
@@ -456,7 +449,8 @@ class Muon(torch.optim.Optimizer):
             step = matrix.grad.lerp(average, 0.95)                         # Nesterov's momentum
             tall = step.shape[0] > step.shape[1]
             step = step.T if tall else step     # step @ step.T: the smaller of the two products
-            # Newton-Schulz: an odd polynomial of U S V' is U p(S) V'; this one brings S near 1.
+            # U V' without finding U and V (Newton-Schulz): a polynomial of odd powers of U S V' is
+            # U p(S) V', and this one, five times, brings all of S from (0, 1] near 1.
             step = step / (step.norm() + 1e-7)                             # S in (0, 1]
             for _ in range(5):
                 gram = step @ step.T
@@ -464,7 +458,6 @@ class Muon(torch.optim.Optimizer):
             step = step.T if tall else step
             matrix.mul_(1 - rate * group["weight_decay"])
             matrix.sub_(0.2 * rate * math.sqrt(max(matrix.shape)) * step)  # as long as AdamW's
-
 
 def make_optimizers(model, weight_decay):
     """Muon for the layers' matrices, AdamW for the rest. Only matrices decay."""
@@ -479,13 +472,12 @@ def make_optimizers(model, weight_decay):
         optimizers.append(Muon(in_layers, weight_decay))
     return optimizers
 
-
 def train(model, optimizers, batch_loss, training, num_steps, first_step=0):
     """Train the model in place: `for step, loss in train(...)`, from first_step to num_steps.
-    batch_loss(model, step, i) -> scalar loss of the step's i-th batch, i below accumulation.
-    It yields before the update, with the gradients of this step in place: `step` updates are done,
-    and these weights gave a finite loss (else BadInput). They are fit to be validated and saved,
-    and whoever goes on from here computes the same gradients again."""
+    batch_loss(model, step, i) -> scalar loss of the step's i-th batch.
+
+    It yields before the update: `step` updates are done, and the next one is known to be finite.
+    Who saves there saves sound weights, and who goes on from them computes this very step again."""
     accumulation = training.gradient_accumulation_steps
     warmup = max(1, round(training.warmup_ratio * num_steps))
     for step in range(first_step, num_steps):
@@ -512,87 +504,77 @@ def train(model, optimizers, batch_loss, training, num_steps, first_step=0):
             optimizer.step()
         model.zero_grad()
 
-
 # --------------------------------------------------------------------------------------------------
-# 9. The start: initial weights
+# Appendix: the start. Nobody needs it to understand the rest.
+#
+# Kriging in space, autoregression in time, written as attention. What a random network would find
+# out first is known: a parcel is like its neighbours, and goes on as it was going. So half of the
+# heads, spatial ones, average what is near at the same time; the other half, temporal ones, look at
+# the same place one patch ago, and continue it. Without this the same is learned, but later.
+
+SPATIAL_WHERE, SPATIAL_WHEN = 2.0, 4.0      # lengths of a query's parts: the longer, the choosier.
+TEMPORAL_WHERE, TEMPORAL_WHEN = 4.0, 3.0    # Spatial heads average, temporal ones want one place;
+CONTENT = 0.2                               # what a token holds decides little at first
+GUESS = 0.6                 # what heads of one kind add in all layers: both kinds say much the same
+SMOOTH, NOISE = 4.0, 0.5    # BOLD is smooth over 4 timepoints, in noise of half its variance
 
 def continuation(P):
-    """What to expect after a patch, a matrix [P, P]: next patch = continuation @ patch. It is the
-    conditional mean of a signal that is smooth over 4 timepoints, in noise of half its variance:
-    the last few values go on, and decay. (On real and on sample data, 4 is best of 2 to 6.)"""
+    """What to expect after a patch, a matrix [P, P]: next patch = continuation @ patch, its
+    conditional mean. The last few values go on, and decay."""
     time = torch.arange(2 * P)
-    covariance = torch.exp(-0.5 * ((time[:, None] - time) / 4) ** 2)             # [2 * P, 2 * P]
-    return covariance[P:, :P] @ torch.linalg.inv(covariance[:P, :P] + 0.5 * torch.eye(P))
-
+    covariance = torch.exp(-0.5 * ((time[:, None] - time) / SMOOTH) ** 2)        # [2 * P, 2 * P]
+    return covariance[P:, :P] @ torch.linalg.inv(covariance[:P, :P] + NOISE * torch.eye(P))
 
 @torch.no_grad()
 def initial_weights(model):
-    """A start with which the untrained BrainLM makes a fair first guess. Half of the heads, spatial
-    ones, average what is near at the same time; temporal ones continue the patch before."""
+    """Weights with which the untrained BrainLM makes a fair first guess."""
     H, P = model.config.hidden_size, model.config.timepoint_patching_size
     N, heads = model.config.num_timepoints_per_voxel // P, model.config.num_attention_heads
     D = H // heads
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
-
-    # 1. [MASK] is about as large as the other terms of a token; CLS starts near zero.
-    nn.init.normal_(model.mask_token, std=0.3)
     nn.init.normal_(model.cls_token, std=0.02)
+    nn.init.normal_(model.mask_token, std=0.3)          # about as large as where, when and a patch
 
-    # 2. The patch projection has P orthonormal columns, and model.head inverts it. The head would
-    #    print any other term along these columns as signal. So QR turns them away from ones (the
-    #    mean over H that LayerNorm removes) and the sinusoid; where and [MASK] lose their part.
-    directions = torch.cat([torch.ones(H, 1), temporal_encoding(N, H).T, torch.randn(H, P)], dim=1)
-    projection = model.patch_projection.weight                                   # [H, P]
-    projection.copy_(torch.linalg.qr(directions)[0][:, -P:])
-    model.head.weight.copy_(projection.T)
-    signal_space = projection @ projection.T                                     # [H, H]
-    model.spatial_encoding.linear.weight -= signal_space @ model.spatial_encoding.linear.weight
-    model.mask_token -= signal_space @ model.mask_token
+    # A patch is written along P orthonormal directions, and read from them again (about 1.4 times
+    # as large, by the LayerNorm between). Nothing else may point there, or the head would print it
+    # as signal: QR turns them away from ones, the mean that LayerNorm removes, and from the
+    # sinusoid, as far as H has room; where and [MASK] lose their part.
+    others = torch.cat([torch.ones(H, 1), temporal_encoding(N, H).T], dim=1)[:, :H - P]
+    directions = torch.linalg.qr(torch.cat([others, torch.randn(H, P)], dim=1))[0][:, -P:]  # [H, P]
+    model.patch_projection.weight.copy_(directions)
+    model.head.weight.copy_(directions.T)
+    for other in model.spatial_encoding.linear.weight, model.mask_token:
+        other -= directions @ (directions.T @ other)
 
-    # 3. One patch later: the matrix with next_patch @ when(n) = when(n + 1), which turns each pair
-    #    (sine, cosine) of the sinusoid by its own angle.
+    # The matrix with one_later @ when(n) = when(n + 1) turns each pair (sine, cosine).
     sine, cosine = temporal_encoding(2, H)[1].view(-1, 2).T                      # [H / 2] each
     turns = torch.stack([cosine, sine, -sine, cosine], dim=1).view(-1, 2, 2)     # [H / 2, 2, 2]
-    next_patch = torch.block_diag(*turns)                                        # [H, H]
+    one_later = torch.block_diag(*turns)                                         # [H, H]
 
     for layer in model.layers:
-        # 4. Content: keys equal queries, so that a token reads those like itself. The factor 0.2
-        #    makes that weak: it is place and time that should choose at first.
-        query, key, value = layer.qkv.weight.chunk(3)                            # [H, H] each
-        nn.init.orthogonal_(query).mul_(0.2)
-        key.copy_(query)
-
-        # 5. Hidden tokens have nothing to tell: the bias, 4 long in each head, turns all queries
-        #    from [MASK]'s key. That lowers its score by about 0.3, its weight by a quarter.
-        hidden_key = F.normalize((key @ model.mask_token).view(heads, D), dim=1)     # [heads, D]
-        layer.qkv.bias.chunk(3)[0].copy_(-4 * hidden_key.flatten())
-
-        # 6. Position: again keys equal queries, once for where and once for when, so that a token
-        #    reads what is near it; only, keys of temporal heads tell the time of the next patch.
-        #    The factors say how near: spatial heads average, temporal heads want one patch.
-        query, key = layer.position_qk.weight.chunk(2)                           # [H, 2 * H] each
-        nn.init.orthogonal_(query[:, :H])
-        nn.init.orthogonal_(query[:, H:])
-        query.view(heads, D, 2, H)[0::2] *= torch.tensor([2.0, 4.0])[:, None]    # where, when
-        query.view(heads, D, 2, H)[1::2] *= torch.tensor([8.0, 6.0])[:, None]
-        key.copy_(query)
-        temporal_when = key.view(heads, D, 2, H)[1::2, :, 1]                     # [heads / 2, D, H]
-        temporal_when.copy_(temporal_when @ next_patch)
-
-        # 7. What is read: the first P numbers of every head are the patch itself. Spatial heads
-        #    pass it on unchanged, temporal ones its continuation, each layer its share. The shares
-        #    of a kind add up to 0.6, since both kinds often say the same. The MLP adds little yet.
-        nn.init.orthogonal_(value)
-        value.view(heads, D, H)[:, :P] = projection.T[:D]
         nn.init.zeros_(layer.out.weight)
-        out = layer.out.weight.view(H, heads, D)[:, :, :P]                       # [H, heads, P]
-        share = 0.6 / len(model.layers)
-        out[:, 0::2] = share / math.ceil(heads / 2) * projection[:, None, :D]
-        out[:, 1::2] = share / max(1, heads // 2) * (projection @ continuation(P))[:, None, :D]
-        nn.init.normal_(layer.down.weight, std=0.002)
+        nn.init.normal_(layer.down.weight, std=0.002)   # the MLP: adds almost nothing yet
+        for head in range(heads):
+            rows, temporal = slice(head * D, (head + 1) * D), head % 2 == 1
+            query, key, value = (matrix[rows] for matrix in layer.qkv.weight.chunk(3))    # [D, H]
+            place_query, place_key = (matrix[rows] for matrix in layer.position_qk.weight.chunk(2))
 
+            # Keys equal queries: a token reads those like itself. But keys of temporal heads tell
+            # the time of the next patch, so that a query finds the patch before its own.
+            key.copy_(nn.init.orthogonal_(query).mul_(CONTENT))
+            where, when = place_query.chunk(2, dim=1)                            # [D, H] each
+            nn.init.orthogonal_(where).mul_(TEMPORAL_WHERE if temporal else SPATIAL_WHERE)
+            nn.init.orthogonal_(when).mul_(TEMPORAL_WHEN if temporal else SPATIAL_WHEN)
+            place_key.copy_(torch.cat([where, when @ one_later if temporal else when], dim=1))
+
+            # What is read: the patch. Spatial heads pass it on, temporal ones its continuation.
+            nn.init.orthogonal_(value)[:P] = directions.T[:D]
+            passed_on = directions @ continuation(P) if temporal else directions         # [H, P]
+            of_its_kind = heads // 2 if temporal else math.ceil(heads / 2)
+            share = GUESS / len(model.layers) / of_its_kind
+            layer.out.weight[:, rows][:, :P] = share * passed_on[:, :D]
 
 # ==================================================================================================
 # Part II: the program
@@ -603,13 +585,16 @@ import contextlib
 import csv
 import datetime
 import importlib
+import inspect
 import io
 import os
+import re
 import sys
 import textwrap
 import time
 from dataclasses import asdict, fields
 from functools import partial
+from typing import Callable
 
 import torch.distributed as dist
 
@@ -627,23 +612,25 @@ def refusing(where):
     except Exception as error:
         raise BadInput(f"{where} ({type(error).__name__}: {error})") from error
 
+def settings_of(config_class, values):
+    """Those of the values {name: value}, flags or a config.json, that are fields of the class."""
+    return {option.name: values[option.name] for option in fields(config_class)
+            if values.get(option.name) is not None}
 
 def check_numbers(settings):
-    """BadInput names the first number that cannot be in {name: value}, flags or a config.json."""
+    """BadInput names the first of {name: number}, flags or a config.json, that cannot be."""
     for name, value in settings.items():
         least = 0 if type(value) is float or name in ("seed", "eval_steps") else 1
         most = 1 if name.endswith(("_prob", "_ratio")) else sys.maxsize
         if type(value) in (int, float) and not least <= value <= most:
             raise BadInput(f"{name} is {value}: it must lie between {least} and {most}")
 
-
 def check_config(config, source=""):
     """The config again; BadInput names the setting that cannot be, after where it comes from."""
     for option in fields(config):
         value = getattr(config, option.name)
-        if type(value) not in {int: (int,), float: (int, float), str: (str,)}[option.type]:
-            raise BadInput(f"{source}{option.name} is {value!r}, not of type "
-                           f"{option.type.__name__}")
+        if type(value) is not option.type and (type(value), option.type) != (int, float):
+            raise BadInput(f"{source}{option.name} is {value!r}, not {option.type.__name__}")
     check_numbers({source + name: value for name, value in asdict(config).items()})
     T, P = config.num_timepoints_per_voxel, config.timepoint_patching_size
     H, heads = config.hidden_size, config.num_attention_heads
@@ -657,50 +644,52 @@ def check_config(config, source=""):
         raise BadInput(f"{source}loss_fn {config.loss_fn} must be mse or mae")
     return config
 
-
-def is_number(kind):
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
-
-
 def open_numbers(table, name, path):
-    """A column of scalars as float64 [rows], NaN where a value is missing."""
+    """A column of scalars as float64 [rows], NaN where a value is missing. Text, decimals and
+    booleans are taken where each value is a number."""
     column = read_column(table, name, path)
-    if not (is_number(column.type) or pa.types.is_boolean(column.type)
-            or pa.types.is_null(column.type)):
-        raise BadInput(f"{path}: column {name!r} holds {column.type}, not numbers")
-    numbers = np.array(column.to_pylist(), dtype=np.float64)
-    if np.isinf(numbers).any():
-        row = np.flatnonzero(np.isinf(numbers))[0]
-        raise BadInput(f"{path}: column {name!r}, row {row} is {numbers[row]}")
+    numbers = np.full(len(column), np.nan)
+    for row, value in enumerate(column):
+        with refusing(f"{path}: column {name!r}, row {row} is no number"):
+            value = value.as_py()
+            if str(value).strip().lower() not in ("none", "", "n/a", "na", "nan"):
+                numbers[row] = float(value)
+            if np.isinf(numbers[row]):
+                raise ValueError(f"it is {numbers[row]}")
     return numbers
 
+def as_text(column):
+    """A column as a list of text, None where a value is missing; of whatever Arrow can cast."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return column.cast(pa.string()).to_pylist()
 
 def open_coordinates(path):
-    """read_coordinates; BadInput for one that is missing or not finite, a note for odd units."""
-    table = read_arrow(path)
-    for axis in "XYZ":
-        numbers = open_numbers(table, axis, path)
-        if np.isnan(numbers).any():
-            raise BadInput(f"{path}: column {axis}, row {np.argmax(np.isnan(numbers))} is missing")
-    if len(table) == 0:
+    """read_coordinates, networks as text; BadInput for what is missing, a note for odd units."""
+    table, networks = read_arrow(path), None
+    xyz = np.stack([open_numbers(table, axis, path) for axis in "XYZ"], axis=1)      # [V, 3]
+    if len(xyz) == 0:
         raise BadInput(f"{path} has no rows, of which each is a parcel")
-    xyz, networks = read_coordinates(path)
-    reach = xyz.abs().max().item()      # of a brain: 110 mm; and voxel indices are never negative
+    if np.isnan(xyz).any():
+        row, axis = np.argwhere(np.isnan(xyz))[0]
+        raise BadInput(f"{path}: column {'XYZ'[axis]}, row {row} is missing")
+    if "Network" in table.column_names:
+        with refusing(f"{path}: column 'Network' cannot be text"):
+            networks = as_text(read_column(table, "Network", path))
+    reach = np.abs(xyz).max()           # of a brain: 110 mm; and voxel indices are never negative
     if xyz.min() >= 0 or not 12 <= reach <= 200:
-        print(f"note: {path}: coordinates up to {reach:.4g} do not look like MNI millimetres, by "
-              "which the model tells what is near")
-    return xyz, networks
-
+        print(f"note: {path}: coordinates up to {reach:.4g} do not look like MNI millimetres")
+    return torch.tensor(xyz, dtype=torch.float32), networks
 
 def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples=None):
-    """A RecordingDataset in which every number has been looked at once. window: the least length in
-    timepoints; num_parcels: how many there must be (None: as at the first timepoint). BadInput
-    names row, timepoint and parcel; a note tells of recordings that are not of order one."""
+    """A RecordingDataset of which every number has been looked at. window: the least number of
+    timepoints; num_parcels: None for as many as the first timepoint has."""
     where, odd = f"{path}: column {recording_col!r}", []
     with refusing(f"{where} must hold (timepoints, parcels), lists of lists of numbers"):
         dataset = RecordingDataset(path, recording_col, max_samples)
-        if not is_number(dataset.values.type):
-            raise TypeError(f"there are {dataset.values.type}")
+        kind = dataset.values.type
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+            raise TypeError(f"there are values of {kind}")
     if len(dataset) == 0:
         raise BadInput(f"{path} has no rows, of which each is a recording")
     widths = pc.list_value_length(dataset.timepoints).fill_null(0).to_numpy()
@@ -708,9 +697,9 @@ def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples
     for row, (start, length) in enumerate(zip(dataset.starts, dataset.lengths)):
         wrong = np.flatnonzero(widths[start:start + length] != V)
         if len(wrong):
-            raise BadInput(f"{where}, row {row}, timepoint {wrong[0]} has "
-                           f"{widths[start + wrong[0]]} parcels, not {V}: ragged, transposed "
-                           "(timepoints come first), of another atlas than the coordinates?")
+            t, width = wrong[0], widths[start + wrong[0]]
+            raise BadInput(f"{where}, row {row}, timepoint {t} has {width} parcels, not {V}: "
+                           "ragged, transposed (timepoints come first) or of another atlas?")
         if length < window:
             raise BadInput(f"{where}, row {row} has {length} timepoints, the window {window}: "
                            "leave it out or lower --num_timepoints_per_voxel")
@@ -721,21 +710,15 @@ def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples
             t, v = broken[0]
             raise BadInput(f"{where}, row {row}, timepoint {t}, parcel {v} is {signal[t, v]}: "
                            "repair it or leave the row out")
-        if signal.any():                        # robust-scaled: about 0.5, but for parcels of zeros
-            size = np.median(np.abs(signal[signal != 0]))
-            odd += [(row, size)] * (not 0.1 <= size <= 10)
+        alive = signal[:, signal.any(axis=0)].astype(np.float32)     # zeros: a parcel has no signal
+        if alive.size:
+            offset, spread = np.median(np.abs(alive.mean(axis=0))), np.median(alive.std(axis=0))
+            if not 0.15 <= spread <= 15 or offset > 2 * spread:
+                odd.append(f"row {row}, whose parcels vary by {spread:.4g} around {offset:.4g}")
     if odd:
-        row, size = odd[0]
-        print(f"note: {path}: {len(odd)} recordings have odd units: row {row} has values of about "
-              f"{size:.4g}, the model expects 1: robust_scale of sample_data.py scales each parcel")
+        print(f"note: {path}: {len(odd)} recordings are in odd units, such as {odd[0]}: "
+              "robust_scale of sample_data.py brings parcels to median 0, interquartile range 1")
     return dataset
-
-
-def evenly(items, most):
-    """At most so many of the items, evenly spaced."""
-    chosen = np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int)
-    return [items[i] for i in chosen]
-
 
 def open_target(dataset, column, least):
     """The targets of all rows, float64, NaN where there is none. BadInput where fewer than `least`
@@ -747,10 +730,8 @@ def open_target(dataset, column, least):
     if len(np.unique(target[known])) < least:
         raise BadInput(f"{dataset.path}: column {column!r} has fewer than {least} different values")
     if not known.all():
-        print(f"{dataset.path}: {(~known).sum()} of {len(known)} recordings have no {column}: "
-              "neither learned from nor scored")
+        print(f"note: {dataset.path}: {(~known).sum()} rows without {column} are left out")
     return target
-
 
 # --------------------------------------------------------------------------------------------------
 # 11. Checkpoints: folders that survive a kill and are Hugging Face Hub repositories
@@ -769,12 +750,10 @@ def write_atomically(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
 
-
 def to_json(content, indent=None):
     """JSON has no NaN and no infinity: null stands for them."""
     without = json.loads(json.dumps(content), parse_constant=lambda name: None)
     return json.dumps(without, indent=indent) + "\n"
-
 
 def save_pretrained(model, folder):
     """Write a model as a folder that from_pretrained and the Hugging Face Hub can read."""
@@ -787,52 +766,44 @@ def save_pretrained(model, folder):
     if "__file__" in globals():                         # else pasted into a notebook
         write_atomically(folder / "brainlm.py", Path(__file__).read_text(encoding="utf-8"))
     write_atomically(folder / "pytorch_model.bin", model.state_dict())
-    (folder / "model.safetensors").unlink(missing_ok=True)          # one folder, one model
-
+    for other in folder.glob("model*.safetensors*"):                # one folder, one model
+        other.unlink()
 
 def model_folder(name):
     """A local folder or, downloaded, the repository "user/name" of the Hub."""
     if Path(name).is_dir():
         return Path(name)
-    missing = f"{name}: no such run folder (python brainlm.py pretrain makes one)"
-    if str(name).startswith((".", "/", "~")) or Path(*Path(name).parts[:1]).exists():
-        raise BadInput(missing)                         # nor a name on the Hub
-    with refusing(f"{missing}, nor did the Hub give it (pip install huggingface_hub)"):
+    with refusing(f"{name}: no such run folder (python brainlm.py pretrain makes one), nor did the "
+                  "Hub give it (pip install huggingface_hub)"):
         return Path(importlib.import_module("huggingface_hub").snapshot_download(str(name)))
 
-
 def from_pretrained(model_class, name_or_path, **changes):
-    """A BrainLM or BrainLMRegressor (nn.Module: what there is) from a run folder or, "user/name",
-    from the Hub, in evaluation mode. BrainLM also takes the backbone of a regressor. changes:
-    fields of its config that shall be others, such as mask_ratio. BadInput if anything is missing,
-    broken or does not fit."""
+    """A BrainLM (or a regressor's backbone) or BrainLMRegressor (nn.Module: what there is) from a
+    run folder or, "user/name", from the Hub, in evaluation mode. changes: fields of its config that
+    shall be others, such as mask_ratio."""
     folder = model_folder(name_or_path)
     file = folder / "config.json"
-    with refusing(f"{file} is missing or not of a BrainLM"):
-        saved = json.loads(file.read_text())
-        missing = {"model_class", *asdict(BrainLMConfig())} - set(saved)
-        if missing:
-            raise BadInput(f"{file} lacks {', '.join(sorted(missing))}: it is of another version")
+    with refusing(f"{file} is missing, not of a BrainLM, or of another version of brainlm.py"):
+        saved = json.loads(file.read_text(encoding="utf-8"))
         saved_class = MODELS[saved["model_class"]]
         settings = {option.name: saved[option.name] for option in fields(BrainLMConfig)}
         config = check_config(BrainLMConfig(**settings | changes), f"{file}: ")
     if model_class is BrainLMRegressor and saved_class is BrainLM:
-        raise BadInput(f"{folder} holds a BrainLM without a regression head: "
-                       "python brainlm.py finetune makes one")
+        raise BadInput(f"{folder} holds no BrainLMRegressor: python brainlm.py finetune makes one")
     if config.num_attention_heads != settings["num_attention_heads"]:       # shapes do not tell
         raise BadInput(f"{folder}: the weights are of {settings['num_attention_heads']} "
                        f"num_attention_heads, not {config.num_attention_heads}")
-    model, file = saved_class(config), folder / "pytorch_model.bin"
-    if (folder / "model.safetensors").exists():         # of two, the one that transformers takes
-        file = folder / "model.safetensors"
-    with refusing(f"{file} is missing, cut or not the weights of this {saved_class.__name__}"):
-        if file.suffix == ".bin":
-            weights = torch.load(file, map_location="cpu", weights_only=True)
-        else:                                   # an `import` would be a requirement of the Hub's
-            weights = importlib.import_module("safetensors.torch").load_file(file)
-        model.load_state_dict({name.removeprefix("model."): weights[name] for name in weights})
+    model, weights = saved_class(config), {}
+    for file in sorted(folder.glob("model*.safetensors")) or [folder / "pytorch_model.bin"]:
+        with refusing(f"{file} is missing, cut, a Git LFS pointer (git lfs pull) or no weights"):
+            if file.suffix == ".bin":           # of both kinds, the one that transformers takes
+                weights |= torch.load(file, map_location="cpu", weights_only=True)
+            else:                               # an `import` would be a requirement of the Hub's
+                weights |= importlib.import_module("safetensors.torch").load_file(file)
+    with refusing(f"{file} does not hold the weights of this {saved_class.__name__}"):
+        wrapped = re.compile(r"^((module|_orig_mod|model)\.)+")      # by DDP, compile, the Hub
+        model.load_state_dict({wrapped.sub("", name): weights[name] for name in weights})
     return (model if isinstance(model, model_class) else model.backbone).eval()
-
 
 MODELS = {"BrainLM": BrainLM, "BrainLMRegressor": BrainLMRegressor}
 BrainLM.save_pretrained = BrainLMRegressor.save_pretrained = save_pretrained
@@ -846,30 +817,36 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
         model_type, keys_to_ignore_at_inference = "brainlm", ["hidden_states"]
 
         def __init__(self, **settings):
-            ours = {option.name: settings[option.name] for option in fields(BrainLMConfig)
-                    if option.name in settings}
-            defaults = {"model_class": "BrainLM"} | asdict(BrainLMConfig(**ours))
-            super().__init__(**defaults | settings)
+            ours = asdict(BrainLMConfig(**settings_of(BrainLMConfig, settings)))
+            super().__init__(**{"model_class": "BrainLM"} | settings | ours)
 
     class BrainLMHubModel(PreTrainedModel):
         """What AutoModel gives and Trainer trains. Its `model` is a BrainLM or BrainLMRegressor."""
         config_class, base_model_prefix, main_input_name = BrainLMHubConfig, "model", "signal"
-        supports_gradient_checkpointing = True
+        supports_gradient_checkpointing = _supports_sdpa = True
         accepts_loss_kwargs = False             # Trainer divides by the accumulation steps
         _keep_in_fp32_modules_strict = ["feature_mean", "feature_std", "target_mean", "target_std"]
 
         def __init__(self, config):
             super().__init__(config)
-            settings = {option.name: getattr(config, option.name)
-                        for option in fields(BrainLMConfig)}
+            ours = BrainLMConfig(**settings_of(BrainLMConfig, vars(config)))
             dtype = torch.get_default_dtype()
             torch.set_default_dtype(torch.float32)      # bfloat16 has no inverse for the start
-            self.model = MODELS[config.model_class](BrainLMConfig(**settings)).to(dtype)
+            self.model = MODELS[config.model_class](ours).to(dtype)
             torch.set_default_dtype(dtype)
             self.post_init()
 
         def _init_weights(self, module):
             """Nothing to add: BrainLM initialises itself."""
+
+        @classmethod
+        def from_pretrained(cls, *names, output_loading_info=False, **settings):
+            """As transformers', but what it would leave uninitialised is refused."""
+            model, info = super().from_pretrained(*names, output_loading_info=True, **settings)
+            missing = [*info["missing_keys"], *info["mismatched_keys"]]
+            if missing:
+                raise BadInput(f"{names[0]} has no weights that fit {missing[0]}")
+            return (model, info) if output_loading_info else model
 
         def __getattr__(self, name):
             if name in ("embed", "forecast", "attention", "similarity"):
@@ -877,24 +854,26 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
             return super().__getattr__(name)
 
         def forward(self, signal, xyz, mask=None, labels=None, return_dict=None, **others):
-            """signal [B, T, V], xyz [V, 3], one for the batch, mask bool [B, N, V]. labels add a
-            loss: the signal itself, over what the mask hides (without one: a random mask's tokens);
-            for a regressor the target, [B]. others: what pipelines and Trainer pass besides."""
+            """xyz [V, 3] or, for what splits batches, the same B times. labels add a loss: the
+            signal itself, over what the mask hides (without one: a random mask's tokens); for a
+            regressor the target, [B]. others: what pipelines and Trainer pass besides."""
             loss = states = None
+            xyz = xyz.reshape(-1, *xyz.shape[-2:])                       # [B or 1, V, 3]
+            if (xyz != xyz[:1]).any():
+                raise BadInput("xyz [B, V, 3]: a batch must be of one atlas")
             if isinstance(self.model, BrainLMRegressor):
-                prediction = self.model(signal, xyz)                                 # [B]
+                prediction = self.model(signal, xyz[0])                              # [B]
                 if labels is not None:
                     loss = regression_loss(prediction, labels.flatten(), self.model.target_std)
             else:
                 if mask is None and labels is not None:
                     N = signal.shape[1] // self.config.timepoint_patching_size
-                    mask = random_mask(len(signal), N, len(xyz), self.config.mask_ratio)
-                prediction, states = self.model(signal, xyz, mask)       # [B, T, V], [B, S, H]
+                    mask = random_mask(len(signal), N, len(xyz[0]), self.config.mask_ratio)
+                prediction, states = self.model(signal, xyz[0], mask)    # [B, T, V], [B, S, H]
                 if labels is not None:
                     loss = reconstruction_loss(prediction, labels, mask, self.config.loss_fn)
             output = MaskedLMOutput(loss=loss, logits=prediction, hidden_states=states)
             return output.to_tuple() if return_dict is False else output
-
 
 # --------------------------------------------------------------------------------------------------
 # 12. Evaluation
@@ -905,11 +884,9 @@ MAX_BASELINE_ROWS = 500                             # training recordings for op
 MAX_WINDOWS = 200                                   # windows or recordings to evaluate on, at most
 WATCHED_WINDOWS = 20                                # of these while training
 
-
 @dataclass
 class Data:
     """What a model is trained and evaluated on."""
-
     xyz: torch.Tensor                           # [V, 3] in mm, on the model's device
     networks: list                              # V labels, None for a parcel without; or None
     train: RecordingDataset
@@ -917,7 +894,8 @@ class Data:
     column: str = None                          # for a BrainLMRegressor: the name of the target
     target: np.ndarray = None                   # and its values, float64 [rows] of train,
     val_target: np.ndarray = None               # of val, NaN where there is none
-
+    batch_size: int = 8                         # windows to evaluate at once
+    autocast: Callable = contextlib.nullcontext  # the context of a batch: bfloat16, or none
 
 def fixed_windows(dataset, rows, T):
     """[(row, start), ...]: windows side by side, and one at the very end of each recording."""
@@ -927,16 +905,19 @@ def fixed_windows(dataset, rows, T):
         windows += [(row, start) for start in [*range(0, last, T), last]]
     return windows
 
+def evenly(items, most):
+    """At most so many of the items, evenly spaced."""
+    chosen = np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int)
+    return [items[i] for i in chosen]
 
 @torch.no_grad()
-def in_batches(function, *tensors, batch_size=8, autocast=contextlib.nullcontext):
-    """function(*tensors) in float32 on the CPU, a few rows of the tensors at a time."""
+def in_batches(data, function, *tensors):
+    """function(*tensors) in float32 on the CPU, data.batch_size rows of the tensors at a time."""
     outputs = []
-    for batch in zip(*(tensor.split(batch_size) for tensor in tensors)):
-        with autocast():
+    for batch in zip(*(tensor.split(data.batch_size) for tensor in tensors)):
+        with data.autocast():
             outputs.append(function(*batch).float().cpu())
     return torch.cat(outputs)
-
 
 def scores(prediction, target):
     """R2 = 1 - SSE / SST (never clipped), MSE and MAE of arrays of one shape."""
@@ -945,20 +926,17 @@ def scores(prediction, target):
     R2 = 1 - MSE / variance if variance > 0 else -math.inf
     return {"R2": float(R2), "MSE": float(MSE), "MAE": float(np.abs(error).mean())}
 
-
 def hidden_patches(signal, mask):
     """What a mask, bool [B, N, V], hides of a signal [B, T, V]: numpy [hidden tokens, P]."""
     return patchify(signal, signal.shape[1] // mask.shape[1])[mask].numpy()
-
 
 def some_windows(dataset, T, most):
     """At most so many fixed windows of a dataset, float32 [B, T, V]."""
     return dataset.batch(evenly(fixed_windows(dataset, range(len(dataset)), T), most), T)
 
-
-def reconstructions(model, data, most, predict):
+def reconstructions(model, data, most):
     """Yield of each task, "masked" patches and "forecast": its name, windows [B, T, V], what is
-    hidden of them, bool [B, N, V], and what a BrainLM makes of the rest, [B, T, V]."""
+    hidden of them, bool [B, N, V], and of that, [hidden tokens, P], a BrainLM's guess and truth."""
     config = model.config
     T, P = config.num_timepoints_per_voxel, config.timepoint_patching_size
     signal = some_windows(data.val, T, most)
@@ -968,25 +946,23 @@ def reconstructions(model, data, most, predict):
     if T - P >= max(P, 2):                      # else there is too little to go on from
         masks["forecast"] = forward_mask(B, N, V)
     for task, mask in masks.items():
-        yield task, signal, mask, predict(
-            lambda signal, mask: model(signal, data.xyz, mask)[0], signal, mask)
+        prediction = in_batches(
+            data, lambda signal, mask: model(signal, data.xyz, mask)[0], signal, mask)
+        yield task, signal, mask, hidden_patches(prediction, mask), hidden_patches(signal, mask)
 
-
-def watch(model, data, predict=in_batches):
+def watch(model, data):
     """{name: score} of a model while it trains."""
     if isinstance(model, BrainLMRegressor):
         rows = evenly(np.flatnonzero(~np.isnan(data.val_target)), MAX_WINDOWS)
-        prediction = predict_recordings(model, data, rows, predict)
+        prediction = predict_recordings(model, data, rows)
         return regression_scores(prediction, data.val_target[rows])
-    return {f"{task}_R2": scores(hidden_patches(prediction, mask), hidden_patches(signal, mask))["R2"]
-            for task, signal, mask, prediction
-            in reconstructions(model, data, WATCHED_WINDOWS, predict)}
+    return {f"{task}_R2": scores(prediction, target)["R2"]
+            for task, _, _, prediction, target in reconstructions(model, data, WATCHED_WINDOWS)}
 
-
-def evaluate_reconstruction(model, data, predict=in_batches):
+def evaluate_reconstruction(model, data):
     """{title: {method: {name: score}}} of masked patches and of forecasting."""
     tables = {}
-    for task, signal, mask, prediction in reconstructions(model, data, MAX_WINDOWS, predict):
+    for task, signal, mask, prediction, target in reconstructions(model, data, MAX_WINDOWS):
         (B, T, _), P = signal.shape, model.config.timepoint_patching_size
         if task == "masked":
             title = f"masked patches ({model.config.mask_ratio:.0%} hidden, {B} windows)"
@@ -995,15 +971,12 @@ def evaluate_reconstruction(model, data, predict=in_batches):
             title = f"forecasting {P} timepoints from {T - P} ({B} windows)"
             opponents = forecasting_opponents(data.train, signal, mask)
             horizons = [h for h in HORIZONS if h <= P]
-        tables[title] = compare(hidden_patches(prediction, mask), opponents,
-                                hidden_patches(signal, mask), horizons)
+        tables[title] = compare(prediction, opponents, target, horizons)
     return tables
 
-
 def compare(prediction, opponents, target, horizons):
-    """{method: {name: score}} of BrainLM's prediction and of its opponents, (method, expected) for
-    each ridge: the best one counts. Arrays [hidden tokens, P]; horizons: timepoints ahead that have
-    a column of their own. The best opponent comes first."""
+    """{method: {name: score}} of BrainLM's prediction, [hidden tokens, P], and of its opponents,
+    (method, expected) for each ridge: the best one counts. horizons: timepoints ahead to score."""
     def row_of(expected):
         row = scores(expected, target)
         for h in horizons:
@@ -1018,7 +991,6 @@ def compare(prediction, opponents, target, horizons):
     best_first = sorted(rows, key=lambda method: -rows[method]["R2"])
     return {"BrainLM": row_of(prediction)} | {method: rows[method] for method in best_first}
 
-
 def gaussian(dataset, samples_of):
     """Mean [a] and covariance [a, a] of samples_of(signal [T, V]) -> [n, a], over recordings."""
     count, total, gram = 0, 0.0, 0.0
@@ -1030,7 +1002,6 @@ def gaussian(dataset, samples_of):
     mean = total / count
     return mean, gram / count - np.outer(mean, mean)
 
-
 def conditional_mean(mean, covariance, given, wanted, ridge):
     """All opponents are this function. Of a Gaussian vector some entries are given: what to expect
     of those wanted is mean_w + C_wg (C_gg + ridge)^-1 (x_g - mean_g). given, wanted: indices.
@@ -1039,7 +1010,6 @@ def conditional_mean(mean, covariance, given, wanted, ridge):
     ridged = covariance[np.ix_(given, given)] + ridge * variance * np.eye(len(given))
     weights = np.linalg.solve(ridged, covariance[np.ix_(given, wanted)])
     return weights, mean[wanted] - mean[given] @ weights
-
 
 def masked_opponents(dataset, signal, mask):
     """Yield (name, expected) for each ridge: hidden parcels from those visible at the same time."""
@@ -1053,11 +1023,9 @@ def masked_opponents(dataset, signal, mask):
             expected.append(weights.T @ patch[~hidden] + intercept[:, None])
         yield "Gaussian conditional mean", np.concatenate(expected)
 
-
 def forecasting_opponents(dataset, signal, mask):
-    """Yield (name, expected) for each ridge. Persistence repeats the last value, ridge
-    autoregression expects a parcel's next P values from its own last P, vector autoregression the
-    next timepoint of all parcels from their last two, and so on."""
+    """Yield (name, expected) for each ridge: the last value repeated, a parcel's next P values from
+    its own last P, and the next timepoint of all parcels from their last two, and so on."""
     V, P = dataset.num_parcels, signal.shape[1] // mask.shape[1]
     sliding = np.lib.stride_tricks.sliding_window_view
     own = gaussian(dataset, lambda signal: sliding(signal, 2 * P, axis=0).reshape(-1, 2 * P))
@@ -1074,12 +1042,10 @@ def forecasting_opponents(dataset, signal, mask):
             steps.append(np.hstack(steps[-2:]) @ weights + intercept)
         yield "2-lag vector autoregression", np.stack(steps[2:], axis=2).reshape(-1, P)
 
-
 def correlation(signal):
     """Functional connectivity: correlation of columns, [T, V] -> [V, V], 0 for constant ones."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.nan_to_num(np.atleast_2d(np.corrcoef(signal, rowvar=False)))
-
 
 def knn_accuracy(distance, labels, k=5):
     """Share of V items, distance [V, V], whose label is the commonest of their k nearest others."""
@@ -1090,15 +1056,13 @@ def knn_accuracy(distance, labels, k=5):
         right += max(nearest, key=nearest.count) == label
     return right / len(labels)
 
-
-def parcel_distances(model, data, predict=in_batches):
-    """How far parcels are from each other, {method: [V, V]}, on average over windows: by what the
-    model's states, or functional connectivity, have in common, by rows of either (profiles), and
-    by coordinates."""
+def parcel_distances(model, data):
+    """How far parcels are from each other, {method: [V, V]}, on average over windows: by states of
+    the model, by functional connectivity, by rows of either (profiles), and by coordinates."""
     signal = some_windows(data.val, model.config.num_timepoints_per_voxel, MAX_WINDOWS)
     similarity, connectivity = np.zeros((2, len(data.xyz), len(data.xyz)))
     for window in signal.split(1):                                           # [1, T, V] each
-        alike = predict(lambda window: model.similarity(window, data.xyz), window)
+        alike = in_batches(data, lambda window: model.similarity(window, data.xyz), window)
         similarity += alike[0].numpy() / len(signal)
         connectivity += correlation(window[0].numpy()) / len(signal)
     return {"BrainLM similarity": 1 - similarity,
@@ -1107,30 +1071,27 @@ def parcel_distances(model, data, predict=in_batches):
             "functional connectivity profile": 1 - correlation(connectivity),
             "coordinates": torch.cdist(data.xyz, data.xyz).cpu().numpy()}
 
-
-def evaluate_networks(model, data, predict=in_batches):
+def evaluate_networks(model, data):
     """Functional networks without training, {title: {method: {name: score}}}: the share of parcels
     that get their label from their nearest neighbours. Parcels without a label are left out."""
-    labelled = [v for v, name in enumerate(data.networks or []) if name == name is not None]  # NaN
+    labelled = [v for v, name in enumerate(data.networks or []) if name not in (None, "nan")]
     labels = [data.networks[v] for v in labelled]
     if not 1 < len(set(labels)) < len(labels):          # nothing to find
         return {}
-    distances = parcel_distances(model, data, predict)
+    distances = parcel_distances(model, data)
     return {f"functional networks of {len(labels)} parcels (5 nearest neighbours)": {
         method: {"accuracy": knn_accuracy(distance[np.ix_(labelled, labelled)], labels)}
         for method, distance in distances.items()}}
 
-
-def predict_recordings(model, data, rows, predict=in_batches):
+def predict_recordings(model, data, rows):
     """What a BrainLMRegressor predicts for validation recordings, float64 [rows]: the mean over the
     windows of each."""
     T, predictions = model.config.num_timepoints_per_voxel, []
     for row in rows:
         signal = data.val.batch(fixed_windows(data.val, [row], T), T)        # [windows, T, V]
-        of_windows = predict(lambda signal: model(signal, data.xyz), signal)
+        of_windows = in_batches(data, lambda signal: model(signal, data.xyz), signal)
         predictions.append(of_windows.double().mean().item())
     return np.array(predictions)
-
 
 def regression_scores(prediction, target):
     """Scores of predictions [n], also Pearson r; of a target of 0 and 1 also AUC and accuracy."""
@@ -1142,7 +1103,6 @@ def regression_scores(prediction, target):
         row["AUC"] = float(below.mean() / len(no))      # share of pairs in order, ties half
         row["accuracy"] = float(((prediction > 0.5) == target).mean())
     return row
-
 
 def connectivity_ridge(train_set, target, val_set, val_rows):
     """The opponent in regression: ridge on functional connectivity, its penalty chosen by leaving
@@ -1162,7 +1122,6 @@ def connectivity_ridge(train_set, target, val_set, val_rows):
     weights = min(fits)[-1]
     return mean + (val - center) @ (train - center).T @ weights
 
-
 def evaluate_regression(data, prediction):
     """{title: {method: {name: score}}} of predictions [rows] for all of data.val and of opponents,
     over those that have a target; {} where nobody has."""
@@ -1178,23 +1137,20 @@ def evaluate_regression(data, prediction):
     return {f"{data.column}, {len(known)} validation recordings": {
         method: regression_scores(values, target) for method, values in methods.items()}}
 
-
-def evaluate_model(model, data, predict=in_batches):
+def evaluate_model(model, data):
     """All there is to say about a model on data.val: tables {title: {method: {name: score}}} and
     the predictions of a BrainLMRegressor, [rows] (of a BrainLM: None)."""
     if isinstance(model, BrainLMRegressor):
-        prediction = predict_recordings(model, data, range(len(data.val)), predict)
+        prediction = predict_recordings(model, data, range(len(data.val)))
         return evaluate_regression(data, prediction), prediction
-    tables = evaluate_reconstruction(model, data, predict)
-    return tables | evaluate_networks(model, data, predict), None
-
+    return evaluate_reconstruction(model, data) | evaluate_networks(model, data), None
 
 def markdown(tables):
     """The tables as Markdown, for the terminal and for the model card."""
     lines = []
     for title, table in tables.items():
-        width = max(map(len, [title, *table]))
-        columns = next(iter(table.values()))
+        title = title.replace("|", "\\|")       # a bar in a column's name
+        width, columns = max(map(len, [title, *table])), next(iter(table.values()))
         lines += ["", f"| {title:<{width}} |" + "".join(f"{name:>10} |" for name in columns),
                   f"| {'-' * width} |" + " --------: |" * len(columns)]
         for name, row in table.items():
@@ -1202,6 +1158,19 @@ def markdown(tables):
             lines.append(f"| {name:<{width}} |{numbers}")
     return "\n".join(lines)
 
+@torch.no_grad()
+def forecast(model, signal, xyz, num_timepoints):
+    """Continue a recording: signal [B, >= P, V] -> [B, num_timepoints, V]. Patch by patch: append a
+    hidden one, predict it, take the prediction for truth; no window is longer than in training."""
+    P, T = model.config.timepoint_patching_size, model.config.num_timepoints_per_voxel
+    known = signal
+    while known.shape[1] < signal.shape[1] + num_timepoints:
+        context = min(known.shape[1] // P * P, max(T - P, P))     # whole patches, room for one
+        window = torch.cat([known[:, -context:], torch.zeros_like(known[:, :P])], dim=1)
+        mask = forward_mask(len(window), window.shape[1] // P, window.shape[2])
+        patch = model(window, xyz, mask)[0][:, -P:]                               # [B, P, V]
+        known = torch.cat([known, patch.to(signal)], dim=1)
+    return known[:, signal.shape[1]:][:, :num_timepoints]
 
 @torch.no_grad()
 def embed(model, signal, xyz):
@@ -1210,21 +1179,22 @@ def embed(model, signal, xyz):
     states = model(signal, xyz)[1]                                                   # [B, S, H]
     return states[:, 0], states[:, 1:].unflatten(1, (-1, signal.shape[2])).mean(dim=1)
 
-
 @torch.no_grad()
-def attention(model, signal, xyz, layer):
+def attention(model, signal, xyz, layer, mask=None):
     """Attention weights of a layer (0: the first), [B, heads, S, S], rows sum to one. Row 0 is CLS:
     its columns 1.., unflattened to (N, V), say how much it reads each parcel at each patch. For
     looking at: it builds the S x S matrix that training avoids."""
-    V = signal.shape[2]
-    x, position = model.tokens(signal, xyz)
+    B, T, V = signal.shape
+    N = T // model.config.timepoint_patching_size
+    hidden = torch.zeros(B, N, V, dtype=torch.bool) if mask is None else mask.cpu()
+    index, counts = visible_tokens(hidden)
+    x, position = model.tokens(signal, xyz, mask)
     for earlier in model.layers[:layer]:
-        x = earlier(x, position, V)
+        x = earlier(x, position, V, (index.to(x.device), counts))
     q, k, _ = model.layers[layer].queries_keys_values(x, position)
-    mask = block_causal_mask((x.shape[1] - 1) // V, V).to(x.device)
-    products = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
-    return products.masked_fill(~mask, -math.inf).softmax(dim=-1)
-
+    readable = torch.stack([block_causal_mask(N, V, of_sample) for of_sample in hidden])[:, None]
+    products = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])             # [B, heads, S, S]
+    return products.masked_fill(~readable.to(x.device), -math.inf).softmax(dim=-1)
 
 @torch.no_grad()
 def similarity(model, signal, xyz):
@@ -1235,36 +1205,34 @@ def similarity(model, signal, xyz):
     states = F.normalize(states.transpose(1, 2).flatten(2), dim=2)                   # [B, V, N * H]
     return states @ states.mT
 
-
-BrainLM.embed, BrainLM.attention, BrainLM.similarity = embed, attention, similarity
-
+BrainLM.forecast, BrainLM.embed = forecast, embed
+BrainLM.attention, BrainLM.similarity = attention, similarity
 
 # --------------------------------------------------------------------------------------------------
 # 13. Devices, many processes, and the data of a command
 
-RANK = int(os.environ.get("RANK", 0))           # torchrun sets them
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-
+RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
+LAUNCHED = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+if all(os.environ.get(name) for name in LAUNCHED):      # by torchrun; one left over is nothing
+    RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in LAUNCHED[:3])
 
 def prepare_device(args):
-    """The device, where --device auto is the fastest there is, and a function that makes the
-    autocast context of a batch, where --dtype auto is bfloat16 on CUDA. Under torchrun it starts
-    the process group."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
+    """The device and a function that makes the autocast context of a batch. Under torchrun it
+    starts the process group."""
     name = args.device
     if name == "auto":
-        name = next(kind for kind in available if available[kind])
-    if not available[name]:
-        raise BadInput(f"--device {name}: this machine or this build of torch has none")
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
+    with refusing(f"--device {name}: this machine or this build of torch has none"):
+        torch.zeros(1, device=name)
+    if args.dtype not in ("auto", "float32", "bfloat16"):
+        raise BadInput(f"--dtype {args.dtype} must be auto, float32 or bfloat16")
     if name == "cuda":
         torch.cuda.set_device(LOCAL_RANK)               # which "cuda" means from here on
     if WORLD_SIZE > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
     mixed = args.dtype == "bfloat16" or args.dtype == "auto" and name == "cuda"
     return torch.device(name), partial(torch.autocast, name, torch.bfloat16, enabled=mixed)
-
 
 def make_missing_sample_data():
     """Under torchrun one process of each machine makes them, all wait."""
@@ -1275,11 +1243,10 @@ def make_missing_sample_data():
     if WORLD_SIZE > 1:
         dist.barrier()
 
-
-def open_data(args, T, device):
+def open_data(args, T):
     """The Data of a command, whose windows are of T timepoints."""
-    paths = args.train_dataset_path, args.val_dataset_path, args.coords_dataset_path
-    if all(path.startswith("./sample_data/") for path in paths):
+    device, autocast = prepare_device(args)
+    if args.train_dataset_path == DEMO["train_dataset_path"]:
         make_missing_sample_data()
     print("checking every number of the recordings", flush=True)
     xyz, networks = open_coordinates(args.coords_dataset_path)
@@ -1289,19 +1256,14 @@ def open_data(args, T, device):
                            (args.val_dataset_path, args.max_eval_samples)))
     print(f"data: {len(train_set)} training and {len(val_set)} validation recordings, {len(xyz)} "
           f"parcels, windows of {T}")
-    if Path(args.train_dataset_path).resolve() == Path(args.val_dataset_path).resolve():
-        print("note: training and validation data are the same: scores will tell nothing of new "
-              "recordings")
-    return Data(xyz.to(device), networks, train_set, val_set)
-
-
-def open_targets(data, column, required):
-    """Add the targets to Data. required: BadInput where there is nothing to learn or to score."""
-    data.column = column
-    data.val_target = open_target(data.val, column, least=1 if required else 0)
-    scored = not np.isnan(data.val_target).all()
-    data.target = open_target(data.train, column, least=2 if scored else 0)
-
+    both = set.intersection(*(
+        set(dataset.table["Subject"].to_pylist() if "Subject" in dataset.table.column_names
+            else [Path(dataset.path).resolve()]) for dataset in (train_set, val_set)))
+    if both:                                    # people, or folders where these are not named
+        print(f"note: {min(map(str, both))} ({len(both)} in all) is in the training and in the "
+              "validation data: scores tell nothing of new people")
+    return Data(xyz.to(device), networks, train_set, val_set, autocast=autocast,
+                batch_size=args.per_device_eval_batch_size)
 
 # --------------------------------------------------------------------------------------------------
 # 14. A run: training, and what makes it last
@@ -1309,14 +1271,12 @@ def open_targets(data, column, required):
 RESULTS = ("README.md", "evaluation.json", "predictions.csv",       # they tell of one model
            "evaluation.png", "networks.png", "predictions.png")
 
-
 def prepare_folder(args):
     """Make args.output_dir; True if a run is to be resumed there. BadInput where others' files or
     the model to start from would be lost. With --overwrite_output_dir the old results go."""
     folder = Path(args.output_dir)
     if args.model_name_or_path and Path(args.model_name_or_path).resolve() == folder.resolve():
-        raise BadInput(f"--output_dir {folder} is the folder that training starts from: choose "
-                       "another")
+        raise BadInput(f"--output_dir {folder} is what training starts from: choose another")
     folder.mkdir(parents=True, exist_ok=True)
     present = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
     if present and "training_state.pt" not in present:
@@ -1325,7 +1285,6 @@ def prepare_folder(args):
         for name in RESULTS:
             (folder / name).unlink(missing_ok=True)
     return bool(present) and not args.overwrite_output_dir
-
 
 def read_state(args, config):
     """What a stopped run left in args.output_dir. BadInput where it was of another kind."""
@@ -1341,29 +1300,19 @@ def read_state(args, config):
                            f"now: {anew}")
     return state
 
-
-def settings_of(config_class, args):
-    """Those fields of a BrainLMConfig or TrainingConfig that the command has flags for."""
-    return {option.name: getattr(args, option.name) for option in fields(config_class)
-            if option.name in args}
-
-
-def run_training(args, model, data, num_recordings, batch_loss, autocast, predict):
+def run_training(args, model, data, num_recordings, batch_loss):
     """The loop of Part I, and around it resuming, progress, validation, checkpoints and, at the
     end, tables and model card. batch_loss(model, samples, step) -> scalar loss."""
     config, folder, device = model.config, Path(args.output_dir), data.xyz.device
-    training = TrainingConfig(**settings_of(TrainingConfig, args))
+    training = TrainingConfig(**settings_of(TrainingConfig, vars(args)))
     B, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     samples_per_step = B * accumulation * WORLD_SIZE
     optimizers = make_optimizers(model, training.weight_decay)
     first_step, first_sample, metrics, losses = 0, 0, [], []    # losses: since the last line
-    state = None
-    if RANK == 0 and prepare_folder(args):
-        state = read_state(args, config)
+    states = [read_state(args, config) if RANK == 0 and prepare_folder(args) else None]
     if WORLD_SIZE > 1:                          # rank 0 may be the only one to see the folder
-        box = [state]
-        dist.broadcast_object_list(box)
-        state = box[0]
+        dist.broadcast_object_list(states)
+    state = states[0]
     if state:
         with refusing(f"{folder / 'training_state.pt'} does not fit (--overwrite_output_dir?)"):
             model.load_state_dict(state["model"])
@@ -1378,13 +1327,12 @@ def run_training(args, model, data, num_recordings, batch_loss, autocast, predic
     if state:
         print(f"resuming {folder} after step {first_step} of {num_steps}")
     elif num_steps * samples_per_step < 100:    # 60 parcels: masked R2 .01, as before the first
-        print(f"note: {num_steps} steps of {samples_per_step} windows are too few to learn much: "
-              "raise --max_steps")
+        print(f"note: {num_steps} steps are too few to learn much: raise --max_steps")
 
     def loss_of_samples(model, step, i):        # every process takes its own part of the samples
         batch = ((step - first_step) * accumulation + i) * WORLD_SIZE + RANK
         first = first_sample + batch * B
-        with autocast():
+        with data.autocast():
             return batch_loss(model, range(first, first + B), step)
 
     def save(step):
@@ -1411,7 +1359,7 @@ def run_training(args, model, data, num_recordings, batch_loss, autocast, predic
     started = time.monotonic()
     for step, loss in train(trained, optimizers, loss_of_samples, training, num_steps, first_step):
         if step > first_step and args.eval_steps and step % args.eval_steps == 0:
-            row = watch(model, data, predict)
+            row = watch(model, data)
             print("  validation  " + "  ".join(f"{name} {row[name]:.4f}" for name in row))
             metrics.append(to_json({"step": step, **row}))
         if step > first_step and step % args.save_steps == 0:
@@ -1431,41 +1379,40 @@ def run_training(args, model, data, num_recordings, batch_loss, autocast, predic
                                     "seconds": round(seconds, 2)}))
             losses.clear()
     save(num_steps)
-    tables, prediction = evaluate_model(model, data, predict)
-    report(args, folder, data, tables, prediction)
-    if RANK == 0:
-        write_atomically(folder / "README.md", model_card(model, data.train, num_steps, tables))
+    report(args, model, data, folder, num_steps)
     print(f"\nthe model is in {folder}")
 
-
-def report(args, folder, data, tables, prediction):
-    """Print the tables and leave evaluation.json and a regressor's predictions.csv in a folder."""
-    print(markdown(tables))
+def report(args, model, data, folder, num_steps=None):
+    """Evaluate a model, print the tables and leave what comes of it in a folder, after num_steps of
+    training with a model card: the results first, what could fail last."""
+    tables, prediction = evaluate_model(model, data)
+    print(markdown(tables), flush=True)
     if RANK > 0:
         return
     if tables:                                  # none: nobody has a target, the older ones stay
         content = to_json({"args": vars(args), "tables": tables}, indent=2)
         write_atomically(folder / "evaluation.json", content)
+    if num_steps is not None:
+        write_atomically(folder / "README.md", model_card(model, data.train, num_steps, tables))
     if prediction is not None:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(prediction_lines(data.val, prediction))
         write_atomically(folder / "predictions.csv", text.getvalue())
         print(f"predictions in {folder / 'predictions.csv'}")
 
-
 def prediction_lines(dataset, prediction):
-    """The lines of predictions.csv: of each recording its row, what scalars the dataset has, and
-    the prediction."""
-    columns = {"row": range(len(dataset))}
-    for name in dataset.table.column_names:
-        column = dataset.table[name]
-        if pa.types.is_dictionary(column.type):
-            column = pc.cast(column, column.type.value_type)
-        if not pa.types.is_nested(column.type) and name != dataset.recording_col:
-            columns[name] = column.to_pylist()
-    columns["prediction"] = prediction.tolist()
+    """The lines of predictions.csv: of each recording its row, what of the dataset's columns can be
+    text, and the prediction. A name that the dataset has already is its own."""
+    others = dataset.table.drop_columns(dataset.recording_col)
+    taken = others.column_names
+    columns = {"brainlm_row" if "row" in taken else "row": range(len(dataset))}
+    for name, column in zip(taken, others.columns):
+        try:
+            columns[name] = as_text(column)
+        except pa.ArrowException as error:
+            print(f"note: predictions.csv leaves out column {name!r}: it is no text ({error})")
+    columns["brainlm_prediction" if "prediction" in taken else "prediction"] = prediction.tolist()
     return [list(columns), *zip(*columns.values())]
-
 
 def model_card(model, dataset, num_steps, tables):
     """The README.md of a run folder, which the Hub shows."""
@@ -1489,55 +1436,49 @@ output = {name}.from_pretrained(".")(signal, xyz)
 ```
 """
 
-
 # --------------------------------------------------------------------------------------------------
 # 15. Commands
 
 def pretrain(args):
     """Learn to reconstruct hidden tokens."""
     torch.manual_seed(args.seed)
-    settings = settings_of(BrainLMConfig, args)
+    settings = settings_of(BrainLMConfig, vars(args))
     if args.model_name_or_path:
         model = BrainLM.from_pretrained(args.model_name_or_path, **settings)
     else:
         model = BrainLM(check_config(BrainLMConfig(**settings)))
-    device, autocast = prepare_device(args)
-    model.to(device)
-    model.cls_token.requires_grad_(False)       # no parcel reads CLS: nothing trains it
-    config, T = model.config, model.config.num_timepoints_per_voxel
-    data = open_data(args, T, device)
-    N = T // config.timepoint_patching_size
-    random_mask(1, N, len(data.xyz), config.mask_ratio)         # refuses a ratio that hides nothing
-    predict = partial(in_batches, batch_size=args.per_device_eval_batch_size, autocast=autocast)
+    config = model.config
+    data = open_data(args, config.num_timepoints_per_voxel)
+    model.to(data.xyz.device).cls_token.requires_grad_(False)   # no parcel reads CLS
+    random_mask(1, 1, len(data.xyz), config.mask_ratio)         # refuses a ratio that hides nothing
 
     def batch_loss(model, samples, step):
         signal, mask = pretraining_batch(data.train, config, args.seed, samples, step)
-        signal, mask = signal.to(device), mask.to(device)
         prediction, _ = model(signal, data.xyz, mask)
         return reconstruction_loss(prediction, signal, mask, config.loss_fn)
 
-    run_training(args, model, data, len(data.train), batch_loss, autocast, predict)
-
+    run_training(args, model, data, len(data.train), batch_loss)
 
 def finetune(args):
     """Learn to predict a scalar of each recording."""
-    backbone = BrainLM.from_pretrained(args.model_name_or_path)
-    device, autocast = prepare_device(args)
+    settings = settings_of(BrainLMConfig, vars(args))
+    backbone = BrainLM.from_pretrained(args.model_name_or_path, **settings)
     T = backbone.config.num_timepoints_per_voxel
-    data = open_data(args, T, device)
-    open_targets(data, args.variable_of_interest_col_name, required=True)
+    data = open_data(args, T)
+    data.column = args.variable_of_interest_col_name
+    data.val_target = open_target(data.val, data.column, least=1)
+    data.target = open_target(data.train, data.column, least=2)
     rows = np.flatnonzero(~np.isnan(data.target))
     std = data.target[rows].std()
-    predict = partial(in_batches, batch_size=args.per_device_eval_batch_size, autocast=autocast)
 
     torch.manual_seed(args.seed)
-    model = BrainLMRegressor(backbone.config, data.target[rows].mean(), std).to(device)
+    model = BrainLMRegressor(backbone.config, data.target[rows].mean(), std).to(data.xyz.device)
     model.backbone.load_state_dict(backbone.state_dict())
     model.backbone.requires_grad_(not args.freeze_backbone)
     for unused in model.backbone.head.weight, model.backbone.head.bias, model.backbone.mask_token:
         unused.requires_grad_(False)
-    features = torch.cat([predict(lambda signal: model.features(signal, data.xyz),
-                                  data.train.batch([(row, 0)], T))
+    features = torch.cat([in_batches(data, lambda signal: model.features(signal, data.xyz),
+                                     data.train.batch([(row, 0)], T))
                           for row in rows[:MAX_BASELINE_ROWS]])              # [rows, 3 * H]
     model.feature_mean.copy_(features.mean(dim=0))
     model.feature_std.copy_(features.std(dim=0).nan_to_num(1.0).clamp(min=1e-6))
@@ -1545,116 +1486,147 @@ def finetune(args):
     def batch_loss(model, samples, step):
         windows = [data.train.training_window(n, rows, T, args.seed) for n in samples]
         target = torch.tensor([data.target[row] for row, _ in windows], dtype=torch.float32)
-        prediction = model(data.train.batch(windows, T).to(device), data.xyz)
-        return regression_loss(prediction, target.to(device), std)
+        prediction = model(data.train.batch(windows, T), data.xyz)
+        return regression_loss(prediction, target.to(data.xyz.device), std)
 
-    run_training(args, model, data, len(rows), batch_loss, autocast, predict)
-
+    run_training(args, model, data, len(rows), batch_loss)
 
 def evaluate(args):
     """Tables as in the paper, of a checkpoint on any dataset, each number beside its opponents'."""
-    source = model_folder(args.model_name_or_path)
-    folder = Path(args.model_name_or_path)
-    if source != folder:                        # a model of the Hub
-        folder = Path("runs", folder)
-        folder.mkdir(parents=True, exist_ok=True)
-    model = from_pretrained(nn.Module, source)
-    device, autocast = prepare_device(args)
-    model.to(device)
-    data = open_data(args, model.config.num_timepoints_per_voxel, device)
+    name = args.model_name_or_path
+    source = model_folder(name)
+    folder = Path(args.output_dir or (name if Path(name).is_dir() else f"runs/{name}"))
+    folder.mkdir(parents=True, exist_ok=True)
+    model = from_pretrained(nn.Module, source, **settings_of(BrainLMConfig, vars(args)))
+    data = open_data(args, model.config.num_timepoints_per_voxel)
+    model.to(data.xyz.device)
     if isinstance(model, BrainLMRegressor):
-        column = args.variable_of_interest_col_name
-        if column is None:
-            with refusing(f"{source / 'args.json'} does not say what the model predicts: give "
-                          "--variable_of_interest_col_name"):
-                trained = json.loads((source / "args.json").read_text())
-                column = trained["variable_of_interest_col_name"]
-        open_targets(data, column, required=False)
-    predict = partial(in_batches, batch_size=args.per_device_eval_batch_size, autocast=autocast)
-    tables, prediction = evaluate_model(model, data, predict)
-    report(args, folder, data, tables, prediction)
+        data.column, file = args.variable_of_interest_col_name, source / "args.json"
+        if data.column is None:
+            with refusing(f"{file} does not tell --variable_of_interest_col_name: give it"):
+                trained = json.loads(file.read_text(encoding="utf-8"))
+                data.column = trained["variable_of_interest_col_name"]
+        data.val_target = open_target(data.val, data.column, least=0)
+        scored = not np.isnan(data.val_target).all()
+        data.target = open_target(data.train, data.column, least=2 if scored else 0)
+    report(args, model, data, folder)
     print(f"\nresults in {folder}; pictures of them: python benchmarks/pictures.py {folder}")
 
+@dataclass
+class DataConfig:
+    """What every command takes. As in Part I, fields are flags, and their comments the help."""
+    train_dataset_path: str = None            # training recordings; None: ./sample_data/train
+    val_dataset_path: str = None              # validation recordings; None: ./sample_data/val
+    coords_dataset_path: str = None           # parcels' X, Y, Z in mm; None: ./sample_data/coords
+    recording_col_name: str = "Voxelwise_RobustScaler_Normalized_Recording"  # (timepoints, parcels)
+    max_train_samples: int = None             # use only the first training recordings
+    max_eval_samples: int = None              # use only the first validation recordings
+    model_name_or_path: str = None            # start from this run folder, or user/name on the Hub
+    output_dir: str = None                    # what comes out; a run that was stopped goes on there
+    device: str = "auto"                      # cpu, cuda, mps; auto: the fastest there is
+    dtype: str = "auto"                       # float32, bfloat16; auto: bfloat16 on CUDA alone
+    per_device_eval_batch_size: int = 8       # windows to evaluate at once
+
+@dataclass
+class RunConfig:
+    """What pretrain and finetune take besides."""
+    num_train_epochs: float = 5.0             # an epoch is one window of each recording
+    max_steps: int = None                     # steps of training, instead of epochs
+    logging_steps: int = 10                   # steps between lines of progress
+    eval_steps: int = 100                     # steps between validations; 0: only at the end
+    save_steps: int = 50                      # steps between checkpoints
+    overwrite_output_dir: bool = False        # start anew in that folder
+    compile: bool = False                     # torch.compile; no GPU has run it yet
+    gradient_checkpointing: bool = False      # less memory, a third more time
+
+@dataclass
+class TargetConfig:
+    """What finetune and evaluate take besides."""
+    variable_of_interest_col_name: str = None  # column of numbers to predict
+    num_timepoints_per_voxel: int = None      # timepoints of a window; None: as in pretraining
+
+@dataclass
+class HeadConfig:
+    """What finetune takes besides."""
+    freeze_backbone: bool = True              # train the MLP head alone
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
 
+def comments_of(config_class):
+    """{field: the comment behind it}; {} where this file is no file."""
+    with contextlib.suppress(OSError, TypeError):
+        return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), re.M))
+    return {}
 
 def command_line():
-    """The flags, named as in the reference implementation where it has them."""
-    parser = OneLineParser(prog="brainlm.py", description="BrainLM in one file")
+    """The flags are the fields of dataclasses, named as in the reference implementation."""
+    parser = OneLineParser(
+        prog="brainlm.py", description="BrainLM in one file. Commands without flags run on sample "
+        "data, pretrain first (3 minutes). For own data: python brainlm.py COMMAND --help")
     commands = parser.add_subparsers(dest="command", required=True)
-    for run in pretrain, finetune, evaluate:
-        command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__,
-                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        flag = command.add_argument
-        flag("--train_dataset_path", default="./sample_data/train", help="training recordings")
-        flag("--val_dataset_path", default="./sample_data/val", help="validation recordings")
-        flag("--coords_dataset_path", default="./sample_data/coords", help="parcels' X, Y, Z in mm")
-        flag("--recording_col_name", default="Voxelwise_RobustScaler_Normalized_Recording",
-             help="column of (timepoints, parcels) recordings")
-        flag("--max_train_samples", type=int, help="use only the first training recordings")
-        flag("--max_eval_samples", type=int, help="use only the first validation recordings")
-        flag("--model_name_or_path", default=None if run is pretrain else "./runs/pretrain",
-             help="start from the weights in this run folder or on the Hub")
-        flag("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="to run on")
-        flag("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-             help="auto: bfloat16 on CUDA, else float32")
-        flag("--per_device_eval_batch_size", type=int, default=8, help="windows at once")
-        if run is not pretrain:
-            flag("--variable_of_interest_col_name", help="column to predict",
-                 default="Age.At.MHQ" if run is finetune else None)
-        if run is evaluate:
-            continue
-
-        flag("--output_dir", default=f"./runs/{run.__name__}", help="of the run; resumes one")
-        flag("--overwrite_output_dir", action="store_true", help="start anew instead")
-        flag("--num_train_epochs", type=float, default=5.0 if run is pretrain else 16.0,
-             help="one window of each recording is an epoch")
-        flag("--max_steps", type=int, help="steps of training, instead of epochs")
-        flag("--logging_steps", type=int, default=10, help="steps between progress lines")
-        flag("--eval_steps", type=int, default=100 if run is pretrain else 50,
-             help="steps between validations; 0: only at the end")
-        flag("--save_steps", type=int, default=50, help="steps between checkpoints")
-        flag("--compile", action="store_true", help="torch.compile: no GPU has run it yet")
-        flag("--gradient_checkpointing", action="store_true", help="less memory, slower")
-        for option in fields(TrainingConfig):
-            flag(f"--{option.name}", type=option.type, default=option.default,
-                 help="see TrainingConfig")
-        if run is finetune:
-            command.set_defaults(per_device_train_batch_size=8)
-            flag("--freeze_backbone", action=argparse.BooleanOptionalAction, default=True,
-                 help="train the MLP head alone; if not, try smaller batches and rates")
-            continue
-
-        for option in fields(BrainLMConfig):    # if not given, what --model_name_or_path has
-            flag(f"--{option.name}", type=option.type, default=argparse.SUPPRESS,
-                 help=f"see BrainLMConfig (default: {option.default})")
-        for name in "hidden_dropout_prob", "attention_probs_dropout_prob":      # the reference's
-            flag(f"--{name}", type=float, choices=[0.0, 0.1], help=argparse.SUPPRESS)
+    for run, (groups, defaults) in COMMANDS.items():
+        command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        for config_class in groups:
+            group, comments = command.add_argument_group(), comments_of(config_class)
+            for option in fields(config_class):
+                default = defaults.get(option.name, option.default)
+                flag = {"type": option.type, "default": default}
+                if option.type is bool:
+                    flag = {"action": argparse.BooleanOptionalAction, "default": default}
+                if config_class is BrainLMConfig:       # not given: what --model_name_or_path has
+                    flag["default"] = argparse.SUPPRESS
+                group.add_argument(f"--{option.name}", **flag,
+                                   help=f"{comments.get(option.name)} (default: {default})")
+    for name in DROPOUT:
+        commands.choices["pretrain"].add_argument(f"--{name}", type=float, choices=[0.0, 0.1],
+                                                  help=argparse.SUPPRESS)
     return parser
 
+COMMANDS = {        # its flags, and where its defaults are not those of the fields
+    pretrain: ((DataConfig, BrainLMConfig, TrainingConfig, RunConfig),
+               {"output_dir": "./runs/pretrain"}),
+    finetune: ((DataConfig, TargetConfig, HeadConfig, TrainingConfig, RunConfig),
+               {"output_dir": "./runs/finetune", "num_train_epochs": 16.0, "eval_steps": 50,
+                "variable_of_interest_col_name": "Age.At.MHQ",
+                "per_device_train_batch_size": 8}),     # frozen, a backbone takes little
+    evaluate: ((DataConfig, TargetConfig), {})}
+DROPOUT = "hidden_dropout_prob", "attention_probs_dropout_prob"         # flags of the reference
+DEMO = {"train_dataset_path": "./sample_data/train", "val_dataset_path": "./sample_data/val",
+        "coords_dataset_path": "./sample_data/coords", "model_name_or_path": "./runs/pretrain"}
 
-def main(arguments=None):
+def parse(arguments=None):
+    """The flags of a command. Of the paths all or none are the demo's: own recordings must not meet
+    its coordinates, people or model, which may fit by chance."""
     args = command_line().parse_args(arguments)
-    np.finfo(np.float32), np.finfo(np.float64)          # older numpy warns if it looks after this:
-    torch.set_flush_denormal(True)                      # such attention weights are slow on CPUs
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")              # rank 0 speaks for all
-    for name in "hidden_dropout_prob", "attention_probs_dropout_prob":
+    paths = [name for name in DEMO if (args.command, name) != ("pretrain", "model_name_or_path")]
+    missing = [name for name in paths if getattr(args, name) is None]
+    if 0 < len(missing) < len(paths):
+        raise BadInput(f"give --{', --'.join(missing)} too: own paths and the demo's do not mix")
+    for name in missing:
+        setattr(args, name, DEMO[name])
+    for name in DROPOUT:
         if vars(args).pop(name, None) is not None:
             print(f"note: --{name} does nothing here: there is no dropout, which gained nothing")
+    check_numbers(vars(args))
+    return args
+
+def main(arguments=None):
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):              # a console may lack letters of a column
+            stream.reconfigure(errors="replace")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")              # rank 0 speaks for all
     try:
-        check_numbers(vars(args))
-        {"pretrain": pretrain, "finetune": finetune, "evaluate": evaluate}[args.command](args)
+        args = parse(arguments)
+        globals()[args.command](args)
     except (BadInput, OSError) as error:                # OSError: a folder that cannot be written
         print("error:", textwrap.shorten(str(error), 500, placeholder=" ..."), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)                                   # as shells expect after Ctrl-C
-
 
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook cell
     main()
