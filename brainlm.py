@@ -113,7 +113,9 @@ def read_coordinates(path):
     of a dataset, a row a parcel; and the V functional systems of its column Network, or None."""
     table = read_arrow(path)
     axes = [read_column(table, axis, path).to_pylist() for axis in "XYZ"]
-    networks = table["Network"].to_pylist() if "Network" in table.column_names else None
+    networks = None
+    if "Network" in table.column_names:
+        networks = read_column(table, "Network", path).to_pylist()
     return torch.from_numpy(np.array(axes, dtype=np.float32).T), networks    # [V, 3]
 
 class RecordingDataset:
@@ -260,14 +262,18 @@ def block_causal_attention(q, k, v, V, visible=None):
     the fast kernels take, and what the mask forbids, more than half, is never computed."""
     sizes, attend = [1] + [V] * ((q.shape[2] - 1) // V), F.scaled_dot_product_attention
     q_cls, *q_patches = q.split(sizes, dim=2)            # [B, heads, 1, D], [B, heads, V, D] each
-    own_k, own_v = k.split(sizes, dim=2)[1:], v.split(sizes, dim=2)[1:]
-    past_k, past_v = own_k, own_v
-    if visible is not None:
-        index, counts = visible
-        index = 1 + index[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])  # after CLS
-        past_k = k.gather(2, index).split(counts, dim=2)     # N of [B, heads, visible tokens, D]
-        past_v = v.gather(2, index).split(counts, dim=2)
     outputs = [attend(q_cls, k, v)]
+    if visible is None:                         # what a patch reads is one slice
+        for n, q_n in enumerate(q_patches):
+            stop = 1 + (n + 1) * V
+            outputs.append(attend(q_n, k[:, :, 1:stop], v[:, :, 1:stop]))
+        return torch.cat(outputs, dim=2)
+
+    index, counts = visible
+    index = 1 + index[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])   # 1: after CLS
+    past_k = k.gather(2, index).split(counts, dim=2)     # N of [B, heads, visible tokens, D]
+    past_v = v.gather(2, index).split(counts, dim=2)
+    own_k, own_v = k.split(sizes, dim=2)[1:], v.split(sizes, dim=2)[1:]
     for n, q_n in enumerate(q_patches):
         k_n = torch.cat([*past_k[:n], own_k[n]], dim=2)
         v_n = torch.cat([*past_v[:n], own_v[n]], dim=2)
@@ -620,8 +626,9 @@ def settings_of(config_class, values):
 def check_numbers(settings):
     """BadInput names the first of {name: number}, flags or a config.json, that cannot be."""
     for name, value in settings.items():
-        least = 0 if type(value) is float or name in ("seed", "eval_steps") else 1
-        most = 1 if name.endswith(("_prob", "_ratio")) else sys.maxsize
+        share = name.endswith(("_prob", "_ratio"))
+        least = 0 if share or type(value) is float or name in ("seed", "eval_steps") else 1
+        most = 1 if share else sys.maxsize
         if type(value) in (int, float) and not least <= value <= most:
             raise BadInput(f"{name} is {value}: it must lie between {least} and {most}")
 
@@ -693,7 +700,7 @@ def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples
     if len(dataset) == 0:
         raise BadInput(f"{path} has no rows, of which each is a recording")
     widths = pc.list_value_length(dataset.timepoints).fill_null(0).to_numpy()
-    V = num_parcels or max([1, *widths[:1]])
+    V = dataset.num_parcels = num_parcels or max([1, *widths[:1]])
     for row, (start, length) in enumerate(zip(dataset.starts, dataset.lengths)):
         wrong = np.flatnonzero(widths[start:start + length] != V)
         if len(wrong):
@@ -1606,9 +1613,8 @@ def parse(arguments=None):
         raise BadInput(f"give --{', --'.join(missing)} too: own paths and the demo's do not mix")
     for name in missing:
         setattr(args, name, DEMO[name])
-    for name in DROPOUT:
-        if vars(args).pop(name, None) is not None:
-            print(f"note: --{name} does nothing here: there is no dropout, which gained nothing")
+    if any([vars(args).pop(name, None) is not None for name in DROPOUT]):
+        print(f"note: --{' and --'.join(DROPOUT)} do nothing: no kind of dropout gained anything")
     check_numbers(vars(args))
     return args
 
