@@ -620,8 +620,9 @@ def settings_of(config_class, values):
 def check_numbers(settings):
     """BadInput names the first of {name: number}, flags or a config.json, that cannot be."""
     for name, value in settings.items():
-        least = 0 if type(value) is float or name in ("seed", "eval_steps") else 1
-        most = 1 if name.endswith(("_prob", "_ratio")) else sys.maxsize
+        is_share = name.endswith(("_prob", "_ratio"))
+        least = 0 if is_share or type(value) is float or name in ("seed", "eval_steps") else 1
+        most = 1 if is_share else sys.maxsize
         if type(value) in (int, float) and not least <= value <= most:
             raise BadInput(f"{name} is {value}: it must lie between {least} and {most}")
 
