@@ -99,8 +99,8 @@ def read_arrow(path):
             shards.append(shard)
         return pa.concat_tables(shards)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{file} is missing, cut, a Git LFS pointer (git lfs pull) or not of "
-                       f"save_to_disk; of several datasets, name one ({error})") from error
+        raise BadInput(f"{file} is missing, cut or not of save_to_disk; of several datasets, name "
+                       f"one ({error})") from error
 
 def read_column(table, name, path):
     """A column of the table that was read from path."""
@@ -618,6 +618,13 @@ def refusing(where):
     except Exception as error:
         raise BadInput(f"{where} ({type(error).__name__}: {error})") from error
 
+def refuse_pointers(*files):
+    """In the place of a large file, git may have left some lines that tell where it is."""
+    for file in files:
+        with contextlib.suppress(OSError), open(file, "rb") as start:
+            if start.read(12) == b"version http":
+                raise BadInput(f"{file} is a Git LFS pointer: git lfs pull gets the file")
+
 def settings_of(config_class, values):
     """Those of the values {name: value}, flags or a config.json, that are fields of the class."""
     return {option.name: values[option.name] for option in fields(config_class)
@@ -673,6 +680,7 @@ def as_text(column):
 
 def open_coordinates(path):
     """read_coordinates, networks as text; BadInput for what is missing, a note for odd units."""
+    refuse_pointers(*Path(path).glob("*.arrow"))
     table, networks = read_arrow(path), None
     xyz = np.stack([open_numbers(table, axis, path) for axis in "XYZ"], axis=1)      # [V, 3]
     if len(xyz) == 0:
@@ -692,6 +700,7 @@ def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples
     """A RecordingDataset of which every number has been looked at. window: the least number of
     timepoints; num_parcels: None for as many as the first timepoint has."""
     where, odd = f"{path}: column {recording_col!r}", []
+    refuse_pointers(*Path(path).glob("*.arrow"))
     with refusing(f"{where} must hold (timepoints, parcels), lists of lists of numbers"):
         dataset = RecordingDataset(path, recording_col, max_samples)
         kind = dataset.values.type
@@ -780,8 +789,10 @@ def model_folder(name):
     """A local folder or, downloaded, the repository "user/name" of the Hub."""
     if Path(name).is_dir():
         return Path(name)
-    with refusing(f"{name}: no such run folder (python brainlm.py pretrain makes one), nor did the "
-                  "Hub give it (pip install huggingface_hub)"):
+    missing = f"{name}: no such run folder (python brainlm.py pretrain makes one)"
+    if str(name).startswith((".", "/", "~")) or Path(*Path(name).parts[:1]).exists():
+        raise BadInput(missing)                         # nor a name on the Hub
+    with refusing(f"{missing}, nor did the Hub give it (pip install huggingface_hub)"):
         return Path(importlib.import_module("huggingface_hub").snapshot_download(str(name)))
 
 def from_pretrained(model_class, name_or_path, **changes):
@@ -790,8 +801,11 @@ def from_pretrained(model_class, name_or_path, **changes):
     shall be others, such as mask_ratio."""
     folder = model_folder(name_or_path)
     file = folder / "config.json"
-    with refusing(f"{file} is missing, not of a BrainLM, or of another version of brainlm.py"):
+    with refusing(f"{file} is missing or not of a BrainLM"):
         saved = json.loads(file.read_text(encoding="utf-8"))
+        lacking = {"model_class", *asdict(BrainLMConfig())} - set(saved)
+        if lacking:
+            raise BadInput(f"{file} lacks {', '.join(sorted(lacking))}: it is of another version")
         saved_class = MODELS[saved["model_class"]]
         settings = {option.name: saved[option.name] for option in fields(BrainLMConfig)}
         config = check_config(BrainLMConfig(**settings | changes), f"{file}: ")
@@ -802,7 +816,8 @@ def from_pretrained(model_class, name_or_path, **changes):
                        f"num_attention_heads, not {config.num_attention_heads}")
     model, weights = saved_class(config), {}
     for file in sorted(folder.glob("model*.safetensors")) or [folder / "pytorch_model.bin"]:
-        with refusing(f"{file} is missing, cut, a Git LFS pointer (git lfs pull) or no weights"):
+        refuse_pointers(file)
+        with refusing(f"{file} is missing, cut or no weights"):
             if file.suffix == ".bin":           # of both kinds, the one that transformers takes
                 weights |= torch.load(file, map_location="cpu", weights_only=True)
             else:                               # an `import` would be a requirement of the Hub's
@@ -1570,9 +1585,13 @@ def comments_of(config_class):
 def command_line():
     """The flags are the fields of dataclasses, named as in the reference implementation."""
     parser = OneLineParser(
-        prog="brainlm.py", description="BrainLM in one file. Commands without flags run on sample "
-        "data, pretrain first (3 minutes). For own data: python brainlm.py COMMAND --help")
-    commands = parser.add_subparsers(dest="command", required=True)
+        prog="brainlm.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=(
+            "BrainLM in one file. Without flags, on sample data (which pretrain makes):\n"
+            "  python brainlm.py pretrain      learn to fill in and to forecast, some minutes\n"
+            "  python brainlm.py finetune      then to predict people's age\n"
+            "  python brainlm.py evaluate      tables of the pretrained model and simple methods\n"
+            "Flags, for own data: python brainlm.py COMMAND --help"))
+    commands = parser.add_subparsers(dest="command")
     for run, (groups, defaults) in COMMANDS.items():
         command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         for config_class in groups:
@@ -1606,7 +1625,11 @@ DEMO = {"train_dataset_path": "./sample_data/train", "val_dataset_path": "./samp
 def parse(arguments=None):
     """The flags of a command. Of the paths all or none are the demo's: own recordings must not meet
     its coordinates, people or model, which may fit by chance."""
-    args = command_line().parse_args(arguments)
+    parser = command_line()
+    args = parser.parse_args(arguments)
+    if args.command is None:
+        parser.print_help()
+        sys.exit(2)
     paths = [name for name in DEMO if (args.command, name) != ("pretrain", "model_name_or_path")]
     missing = [name for name in paths if getattr(args, name) is None]
     if 0 < len(missing) < len(paths):
