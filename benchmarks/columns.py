@@ -73,8 +73,9 @@ def main():
                        check=True)
         evaluation = json.loads((folder / "evaluation.json").read_text())
         (table,) = evaluation["tables"].values()
-        data = brainlm.open_data(argparse.Namespace(**evaluation["args"]), 1, "cpu")
-        brainlm.open_targets(data, column, required=True)
+        data = brainlm.open_data(argparse.Namespace(**evaluation["args"]), 1)
+        data.target, data.val_target = (brainlm.open_target(dataset, column, least=1)
+                                        for dataset in (data.train, data.val))
         known = np.flatnonzero(~np.isnan(data.val_target))
         table["the same in the co-skewness subspace"] = brainlm.regression_scores(
             coskewness_ridge(data, known), data.val_target[known])

@@ -11,7 +11,6 @@ import json
 import shutil
 import sys
 import textwrap
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -61,29 +60,30 @@ def run_pictures(run):
         return predictions_picture(run / "predictions.png", run / "predictions.csv",
                                    title.rpartition(", ")[0])
     device, autocast = brainlm.prepare_device(args)
-    predict = partial(brainlm.in_batches, batch_size=args.per_device_eval_batch_size,
-                      autocast=autocast)
     xyz, networks = brainlm.open_coordinates(args.coords_dataset_path)
     recordings = brainlm.open_recordings(
         args.val_dataset_path, args.recording_col_name, model.config.num_timepoints_per_voxel,
         len(xyz), args.max_eval_samples)
-    data = brainlm.Data(xyz.to(device), networks, train=None, val=recordings)
+    data = brainlm.Data(xyz.to(device), networks, train=None, val=recordings, autocast=autocast,
+                        batch_size=args.per_device_eval_batch_size)
     model.to(device)
-    evaluation_picture(run / "evaluation.png", model, data, tables, predict)
-    networks_picture(run / "networks.png", model, data, predict)
+    evaluation_picture(run / "evaluation.png", model, data, tables)
+    networks_picture(run / "networks.png", model, data)
 
 
-def evaluation_picture(path, model, data, tables, predict):
+def evaluation_picture(path, model, data, tables):
     """A window with hidden patches reconstructed, a forecast, and R2 by horizon."""
     T, P = model.config.num_timepoints_per_voxel, model.config.timepoint_patching_size
-    tasks = list(brainlm.reconstructions(model, data, 1, predict))      # of the first window
+    tasks = list(brainlm.reconstructions(model, data, 1))               # of the first window
     forecasts = [table for title, table in tables.items() if title.startswith("forecasting")]
     widths = [1.7] + [1] * (len(tasks) + len(forecasts) - 1)
     figure, axes = plt.subplots(1, len(widths), width_ratios=widths, squeeze=False,
                                 figsize=(16, 5.5), layout="constrained")
-    for axis, (task, signal, mask, prediction) in zip(axes[0], tasks):
+    for axis, (task, signal, mask, hidden_patches, _) in zip(axes[0], tasks):
         shown = np.arange(0 if task == "masked" else max(0, T - 3 * P), T)
-        prediction[~mask.repeat_interleave(P, dim=1)] = np.nan
+        patches = brainlm.patchify(signal, P) * np.nan                       # [1, N, V, P]
+        patches[mask] = brainlm.torch.from_numpy(hidden_patches)
+        prediction = brainlm.unpatchify(patches)                             # [1, T, V]
         parcels = range(0, len(data.xyz), max(1, len(data.xyz) // 3))[:3]
         for i, parcel in enumerate(parcels):
             axis.plot(shown, signal[0, shown, parcel] - 4 * i, color="0.6", linewidth=1.2,
@@ -106,7 +106,7 @@ def evaluation_picture(path, model, data, tables, predict):
     save(figure, path)
 
 
-def networks_picture(path, model, data, predict):
+def networks_picture(path, model, data):
     """Similarity and connectivity [V, V] with the parcels of a network side by side. Prints, of
     each kind of distance, how well as many clusters of parcels agree with the networks."""
     known = [name == name is not None for name in data.networks or []]          # nor NaN
@@ -118,7 +118,7 @@ def networks_picture(path, model, data, predict):
         return
     clusters = AgglomerativeClustering(len(names), metric="precomputed", linkage="average")
     distances, table = {}, {}
-    for method, distance in brainlm.parcel_distances(model, data, predict).items():
+    for method, distance in brainlm.parcel_distances(model, data).items():
         distances[method] = distance[np.ix_(labelled, labelled)]
         rand = adjusted_rand_score(labels, clusters.fit_predict(distances[method]))
         table[method] = {"Rand": rand}
@@ -260,7 +260,8 @@ def architecture_picture(path):
     box(95.5, 5.0, 25.5, 8.0, "MLP, each token\nby itself", "white")
     arrow((108.2, 19.1), (108.2, 13.2))
     mask = figure.add_axes((0.578, 0.095, 0.175, 0.175 * 9.6 / 4.9))
-    mask.imshow(brainlm.block_causal_mask(N, V), cmap="Blues", vmin=0, vmax=1.3)
+    readable = brainlm.block_causal_mask(N, V, brainlm.torch.from_numpy(hidden.T))
+    mask.imshow(readable, cmap="Blues", vmin=0, vmax=1.3)
     mask.set_xticks([0, 2.6, 5, 8, 11], ["CLS"] + [f"t{n}" for n in range(N)], fontsize=9)
     mask.set_yticks([0, 2, 5, 8, 11], ["CLS"] + [f"t{n}" for n in range(N)], fontsize=9)
     mask.tick_params(length=0, pad=2)
@@ -281,13 +282,19 @@ def architecture_picture(path):
 
 
 def mask_picture(path, N=4, V=3):
-    """Who may read whom."""
-    figure, axis = plt.subplots(figsize=(6, 6), layout="constrained")
-    axis.imshow(brainlm.block_causal_mask(N, V), cmap="Blues", vmin=0, vmax=1.4)
-    names = ["CLS"] + [f"t{t} p{v}" for t in range(N) for v in range(V)]
-    axis.set_xticks(range(len(names)), names, rotation=90)
-    axis.set_yticks(range(len(names)), names)
-    axis.set(xlabel="token that is read (dark: it may be)", ylabel="token that reads")
+    """Who may read whom, where nothing is hidden and where two parcels of each patch are."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 6), layout="constrained", sharey=True)
+    random = brainlm.torch.Generator().manual_seed(3)
+    for axis, hidden in zip(axes, (None, brainlm.random_mask(1, N, V, 2 / 3, random)[0])):
+        names = ["CLS"] + [f"t{t} p{v}" for t in range(N) for v in range(V)]
+        if hidden is not None:
+            names = [name + (" hidden" if is_hidden else "") for name, is_hidden
+                     in zip(names, [False, *hidden.flatten().tolist()])]
+        axis.imshow(brainlm.block_causal_mask(N, V, hidden), cmap="Blues", vmin=0, vmax=1.4)
+        axis.set_xticks(range(len(names)), names, rotation=90)
+        axis.set_yticks(range(len(names)), [name.removesuffix(" hidden") for name in names])
+        axis.set_xlabel("token that is read (dark: it may be)")
+    axes[0].set_ylabel("token that reads")
     save(figure, path)
 
 
