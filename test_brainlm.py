@@ -11,6 +11,7 @@ import contextlib
 import csv
 import datetime
 import decimal
+import functools
 import importlib.util
 import io
 import itertools
@@ -51,6 +52,7 @@ SOURCE = (REPOSITORY / "brainlm.py").read_text()
 PART_I = SOURCE[:SOURCE.index("# Part II: the program")]
 README = (REPOSITORY / "README.md").read_text()
 README_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+brainlm.comments_of = functools.cache(brainlm.comments_of)      # it takes half a second a command
 torch.set_num_threads(1)    # the tensors here are tiny: more threads would only wait for each other
 
 @pytest.fixture(autouse=True)
@@ -107,8 +109,6 @@ def test_default_heads_are_even_about_64_wide_and_divide():
     assert {H: BrainLMConfig(hidden_size=H).num_attention_heads for H in heads} == heads
     for H in range(20, 1300, 2):
         brainlm.check_config(BrainLMConfig(hidden_size=H))      # refuses what does not divide
-
-def test_shares_may_be_whole_numbers():
     brainlm.check_config(BrainLMConfig(mask_ratio=1, forward_mask_prob=0))
 
 def test_windows_are_what_was_written_and_never_the_next_persons(tmp_path):
@@ -159,7 +159,10 @@ def test_tokens_are_cls_then_patch_or_mask_plus_where_plus_when_timepoint_by_tim
         torch.testing.assert_close(position[1 + t * V + v], torch.cat([where, when]))
 
 # 4. Masks, 5. attention
-def test_the_mask_of_two_parcels_at_three_times():
+def test_the_mask_of_two_parcels_at_three_times_and_with_hidden_tokens():
+    hidden = torch.tensor([[True, False], [True, True]])    # of the past nobody but CLS reads them
+    assert block_causal_mask(N=2, V=2, hidden=hidden).int().tolist() == [
+        [1, 1, 1, 1, 1], [0, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 0, 1, 1, 1]]
     assert block_causal_mask(N=3, V=2).int().tolist() == [
         # CLS t0    t1    t2
         [1, 1, 1, 1, 1, 1, 1],  # CLS reads everything
@@ -169,11 +172,6 @@ def test_the_mask_of_two_parcels_at_three_times():
         [0, 1, 1, 1, 1, 0, 0],
         [0, 1, 1, 1, 1, 1, 1],  # t2 reads all parcels
         [0, 1, 1, 1, 1, 1, 1]]
-
-def test_hidden_tokens_of_the_past_are_read_by_cls_and_their_own_patch_alone():
-    hidden = torch.tensor([[True, False], [True, True]])
-    assert block_causal_mask(N=2, V=2, hidden=hidden).int().tolist() == [
-        [1, 1, 1, 1, 1], [0, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 0, 1, 1, 1]]
 
 def masked_attention(q, k, v, V, visible=None, hidden=None, column_0_open=False):
     """Attention as block_causal_mask defines it, called as block_causal_attention."""
@@ -203,12 +201,12 @@ def test_attention_by_patches_is_masked_attention(N, V, mask):
         results.append([output, *gradients])
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
-def future_reaches_the_past(model, signal, xyz, mask=None):
+def future_reaches_the_past(model, signal, xyz, mask=None, future=torch.randn_like):
     P = model.config.timepoint_patching_size
     output = model(signal, xyz, mask)[0]
     for end in range(P, signal.shape[1], P):            # the past: [0, end), some whole patches
         other = signal.clone()
-        other[:, end:] = 3 * torch.randn_like(other[:, end:])
+        other[:, end:] = 3 * future(other[:, end:])
         if not torch.equal(model(other, xyz, mask)[0][:, :end], output[:, :end]):
             return True
     return False
@@ -220,6 +218,24 @@ def test_opening_column_0_of_the_mask_would_let_the_future_in(monkeypatch):
         attention = partial(masked_attention, column_0_open=column_0_open)
         monkeypatch.setattr(brainlm, "block_causal_attention", attention)
         assert future_reaches_the_past(model, signal, xyz) == column_0_open
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_the_past_keeps_its_bits_whatever_the_future_even_nan(kind):
+    model, (signal, xyz), mask = tiny_model(), tiny_input(3, V=5), MASKS[kind](4, 5)
+    for future in torch.randn_like, partial(torch.full_like, fill_value=math.nan):
+        assert not future_reaches_the_past(model, signal, xyz, mask, future)
+    other = signal.clone().requires_grad_()
+    gradient, = torch.autograd.grad(model(other, xyz, mask)[0][:, :10].sum(), other)
+    assert not gradient[:, 10:].any()
+
+def test_one_mask_serves_a_batch_and_what_is_no_dense_batch_is_refused():
+    model, (signal, xyz), mask = tiny_model(), tiny_input(3, V=5), random_mask(3, 4, 5, 0.5)
+    every = model(signal, xyz, mask[:1].expand(3, -1, -1))
+    assert all(map(torch.equal, model(signal, xyz, mask[:1]), every))
+    unequal = mask | (torch.arange(3)[:, None, None] == 1)          # sample 1: nothing is visible
+    for of_batch, refused in (signal, unequal), (signal[:0], mask[:0]), (signal[:0], mask[:1]):
+        with pytest.raises(BadInput, match="^a mask must hide as many .* of a batch$"):
+            model(of_batch, xyz, refused)
 
 # 6. Model
 def test_a_hidden_value_never_reaches_the_output():
@@ -349,7 +365,7 @@ def test_part_1_alone_in_a_notebook_cell_trains_as_the_readme_does(tmp_path, mon
     signal, mask = cell["pretraining_batch"](cell["dataset"], cell["config"], 0, range(99, 109), 0)
     before, after = (reconstruction_loss(model(signal, cell["xyz"], mask)[0], signal, mask)
                      for model in (cell["BrainLM"](cell["config"]), cell["model"]))
-    assert cell["step"] == 19 and after < 0.98 * before
+    assert after < 0.98 * before
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
 def test_muon_steps_along_momentum_with_singular_values_near_one(shape):
@@ -399,6 +415,26 @@ def test_the_start_gives_both_kinds_of_heads_equal_shares(heads):
             shares[head % 2] += model.patch_projection.weight.T @ out
     expected = 0.6 * torch.stack([torch.eye(20), brainlm.continuation(20)])
     torch.testing.assert_close(shares, expected)
+
+@pytest.mark.parametrize("where, when, some", [(4.0, 3.0, False), (8.0, 6.0, True)])
+def test_no_probability_of_the_start_is_denormal(monkeypatch, where, when, some):
+    """Denormal numbers slow a step down four times. Longer queries of temporal heads give some."""
+    assert some or (where, when) == (brainlm.TEMPORAL_WHERE, brainlm.TEMPORAL_WHEN)
+    monkeypatch.setattr(brainlm, "TEMPORAL_WHERE", where)
+    monkeypatch.setattr(brainlm, "TEMPORAL_WHEN", when)
+    xyz = torch.tensor(sample_data.make_brain(100, np.random.default_rng(0))["xyz"]).float()
+    model, signal = BrainLM(BrainLMConfig()), torch.randn(1, 200, 100)
+    weights = torch.stack([model.attention(signal, xyz, layer) for layer in (0, 3)])
+    assert ((weights > 0) & (weights < 1.2e-38)).any() == some
+
+@pytest.mark.parametrize("H, sees_time", [(20, True), (24, True), (32, False), (64, False)])
+def test_the_head_reads_what_the_projection_wrote_and_nothing_else_if_there_is_room(H, sees_time):
+    model = BrainLM(brainlm.check_config(BrainLMConfig(hidden_size=H)))     # P = 20, N = 10
+    head, where = model.head.weight.detach(), model.spatial_encoding.linear.weight.detach()
+    assert (head @ model.patch_projection.weight - torch.eye(20)).abs().max() < 1e-5
+    assert max((head @ other).abs().max() for other in (where, model.mask_token)) < 1e-5
+    seen = head @ torch.cat([torch.ones(H, 1), temporal_encoding(10, H).T], dim=1)
+    assert (seen.abs().max() > 0.1) == sees_time and (sees_time or seen.abs().max() < 1e-5)
 
 # Part II: the program. Commands run on tiny data, in this process or, to be killed or in pairs, in
 # processes of their own.
@@ -567,6 +603,7 @@ def with_row_7(row):
 def target(*values):
     return dataset(R=[GOOD] * len(values), Age=list(values))
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 GOOD, ONES, LISTS = numbers().tolist(), [1.0] * V, pa.list_(pa.list_(pa.float32()))
 SOUND, XYZ = stream(R=[GOOD] * 2, Age=[1.0, 2.0]), dict.fromkeys("XYZ", ONES)
 FIXED = pa.list_(pa.list_(pa.float64(), V))
@@ -578,11 +615,15 @@ FAULTS = {  # flag: {what: (files of the folder that it names, what the error sa
         "several datasets": ({"dataset_dict.json": b"{}"}, "of several datasets, name one"),
         "no column": (dataset(Recording=[GOOD], Age=[3.0]), "no column 'R' ... Recording, Age"),
         "a column twice": (dataset(stream(("R", [GOOD]), ("R", [GOOD]), Age=[3.0])), "'R'"),
-        "no rows of lists": (dataset(R=pa.array([], LISTS)), ""),
+        "no rows of lists": (dataset(R=pa.array([], LISTS)), "'R'"),
+        "no shards": ({"state.json": b'{"_data_files": []}'}, "state.json"),
+        "a shard that git left": (dataset(SOUND) | {"a.arrow": POINTER}, "a.arrow is a Git LFS"),
         "shard cut": (dataset(SOUND, SOUND[:999]), "shard_1 ... cut"),
         "state.json a list": ({"state.json": b"[]"}, "state.json"),
         "rows selected": (dataset(SOUND, indices=[{"filename": "i"}]), "flatten_indices() before"),
         "recording missing": (dataset(R=[GOOD, None]), "'R', row 1 has 0 timepoints"),
+        "recording empty": (dataset(R=[[], GOOD]), "'R', row 0 has 0 timepoints"),
+        "complex": (dataset(R=[[[{"re": 1.0, "im": 0.0}] * V] * 20]), "'R' ... struct"),
         "bools": (dataset(R=[[[True] * V] * 20]), "'R' ... bool"),
         "numeric text": (dataset(R=[[["1.5"] * V] * 20]), "'R' ... string"),
         "decimals": (dataset(R=[[[decimal.Decimal(1)] * V] * 20]), "'R' ... decimal"),
@@ -602,13 +643,17 @@ FAULTS = {  # flag: {what: (files of the folder that it names, what the error sa
         "constant target": (target(0.1, 0.1, None), "'Age' has fewer than 2")},
     "val_dataset_path": {
         "transposed": (dataset(R=[GOOD, numbers(V, 20).tolist()]), "row 1 ... 20 ... transposed"),
-        "too short": (dataset(R=[GOOD, GOOD[:11]]), "row 1 has 11 timepoints ... window 12"),
+        "too short": (dataset(R=[GOOD, GOOD[:11]]),
+                      "row 1 has 11 timepoints ... window 12 ... --num_timepoints_per_voxel"),
         "infinity late": (dataset(R=[GOOD, GOOD + [[math.inf] * V]]), "row 1, timepoint 20"),
         "no target": (target(math.nan, None), "'Age' has fewer than 1")},
     "coords_dataset_path": {
         "networks twice":
             (dataset(stream(("Network", ONES), ("Network", ONES), **XYZ)), "'Network'"),
         "no parcels": (dataset(**dict.fromkeys("XYZ", pa.array([], pa.float32()))), "no rows"),
+        "networks of lists": (dataset(**XYZ, Network=[["a"]] * V), "'Network' cannot be text"),
+        "networks of no text": (dataset(**XYZ, Network=[b"\xff"] * V), "'Network' cannot be text"),
+        "parcels that git left": (dataset(**XYZ) | {"a.arrow": POINTER}, "a.arrow is a Git LFS"),
         "None": (dataset(**XYZ | {"X": ONES[:5] + [None]}), "X, row 5"),
         "infinity": (dataset(**XYZ | {"Z": ONES[:5] + [math.inf]}), "'Z', row 5 is no ... is inf"),
         "a word": (dataset(**XYZ | {"Y": ["1"] * 5 + ["left"]}), "'Y', row 5 is no ... 'left'"),
@@ -621,6 +666,10 @@ FAULTS = {  # flag: {what: (files of the folder that it names, what the error sa
         "count '48'": (checkpoint(hidden_size="48"), "hidden_size is '48', not int"),
         "unknown loss": (checkpoint(loss_fn="huber"), "loss_fn huber"),
         "no multiple": (checkpoint(num_attention_heads=3), "config.json ... num_attention_heads 3"),
+        "weights that git left": (BINARY | {"pytorch_model.bin": POINTER}, ".bin is a Git LFS"),
+        "a shard of weights that git left":
+            (BINARY | {"model-00001-of-00002.safetensors": POINTER}, "00002.safetensors is a Git"),
+        "more layers": (checkpoint(num_hidden_layers=3), "Missing key ... layers.2."),
         "weights cut": (BINARY | {"pytorch_model.bin": WEIGHTS[:999]}, "pytorch_model.bin"),
         "broken safetensors": (BINARY | {"model.safetensors": b"no header"}, "model.safetensors"),
         "a weight is no tensor": (checkpoint(TENSORS | {"norm.bias": "text"}), "norm.bias"),
@@ -640,9 +689,32 @@ def test_broken_input_is_refused_in_one_line_that_names_it(data, tmp_path, flag,
     assert not (tmp_path / "run").exists(), "before the first step"
 
 @LOUD
+@pytest.mark.parametrize("path", ["s3://bucket/train", "http://host/train", "~/nowhere", ""])
+@pytest.mark.parametrize("flag", ["train_dataset_path", "coords_dataset_path"])
+def test_a_path_of_the_network_or_of_nobody_is_refused_in_one_line(data, tmp_path, path, flag):
+    told = str(Path(path)) + "/state.json is missing" if path else "state.json is missing"
+    assert_refused(words("finetune", data, tmp_path / "run", f"--{flag}={path}"), told)
+
+TEXTS, NAN = pa.array(["50", " 6e1 ", "n/a", "NA", "", None, "-0.5", "50"]), math.nan
+IN_TEXT = [50, 60, NAN, NAN, NAN, NAN, -0.5, 50]
+TARGETS = {     # what a column holds, and which numbers that is
+    "text": (TEXTS, IN_TEXT), "dictionary": (TEXTS.dictionary_encode(), IN_TEXT),
+    "large_string": (TEXTS.cast(pa.large_string()), IN_TEXT),
+    "decimals": ([decimal.Decimal("1.50"), None, decimal.Decimal(-2)], [1.5, NAN, -2]),
+    "booleans": ([True, None, False], [1, NAN, 0]), "halves": (np.float16([1, 2.5]), [1, 2.5]),
+    "large integers": (pa.array([2 ** 62, 1], pa.uint64()), [2.0 ** 62, 1])}
+
+@pytest.mark.parametrize("values, expected", TARGETS.values(), ids=TARGETS)
+def test_a_target_is_whatever_is_a_number(tmp_path, values, expected):
+    write_files(tmp_path / "data", dataset(R=[GOOD] * len(values), Age=values))
+    found = brainlm.open_target(RecordingDataset(tmp_path / "data", "R"), "Age", least=2)
+    assert np.array_equal(found, expected, equal_nan=True)
+
+@LOUD
 @pytest.mark.parametrize("flags", [
     "--timepoint_patching_size 5", "--num_timepoints_per_voxel 3", "--timepoint_patching_size 0",
     "--hidden_size 10 --num_attention_heads 4", "--hidden_size -8", "--hidden_size 8.5",
+    "--hidden_size 21", "--hidden_size 2",
     "--mask_ratio 0", "--mask_ratio 1.5", "--mask_ratio nan", "--mask_ratio 0.001",
     "--loss_fn huber", "--forward_mask_prob 2", "--forward_mask_prob -0.1",
     "--learning_rate -1", "--learning_rate nan", "--learning_rate inf", "--learning_rate fast",
@@ -658,11 +730,14 @@ def test_broken_flags_are_refused_and_named_with_their_value(data, tmp_path, fla
 
 BRAIN = sample_data.make_brain(V, np.random.default_rng(0))
 SAMPLE = sample_data.make_person(BRAIN, 60, np.random.default_rng(0))[RECORDING_COL]
-PLACES, BOLD = BRAIN["xyz"].T, 1000 + 20 * SAMPLE
+PLACES, BOLD, RAW = BRAIN["xyz"].T, 1000 + 20 * SAMPLE, 1000 + 300 * np.arange(V) + 20 * SAMPLE
 UNITS = {   # recordings to train and to validate on, coordinates, and the one note, if there is one
     "sample data": ([SAMPLE * (np.arange(V) > 3)], [0 * SAMPLE], PLACES, ""),   # silent parcels
     "BOLD": ([BOLD], [SAMPLE], PLACES, "train: 1 .*row 0, .* vary by 1.* around (99|100).*robust"),
     "tiny": ([SAMPLE], [SAMPLE / 100], PLACES, "val: 1 .*row 0, .* vary by 0.00.*robust"),
+    "one scale for all parcels": ([(RAW - RAW.mean()) / RAW.std()], [SAMPLE], PLACES,
+                                  "train: 1 .*row 0, .* vary by 0.*robust"),
+    "offsets": ([SAMPLE], [SAMPLE, SAMPLE + np.float32(9)], PLACES, "val: 1 .* by 0.*around 8.9"),
     "late": ([SAMPLE], [SAMPLE, SAMPLE, BOLD, BOLD], PLACES, "val: 2 recordings .* row 2, "),
     "cm": ([SAMPLE], [SAMPLE], PLACES / 10, "coords: coordinates up to .* MNI millimetres"),
     "voxels": ([SAMPLE], [SAMPLE], PLACES - PLACES.min(), "coords: coordinates .* MNI millimetres")}
@@ -675,6 +750,16 @@ def test_odd_units_are_told_in_one_line(data, tmp_path, train, val, xyz, told):
     shutil.copytree(data / "pretrained", tmp_path / "pretrained")
     found = re.findall("note: .*", run_here(words("evaluate", tmp_path, None)))
     assert re.fullmatch(told and f"note: {tmp_path}/{told}.*", "\n".join(found))
+
+@pytest.mark.parametrize("train, val, told", [
+    (["a", "b", "a"], ["c", "a"], "note: a .1 in all. is in the training and .* new people"),
+    ([3, 1, 2], [2, 3], "note: 2 .2 in all. is in .*"), (["a", "b", None], ["c", "d"], "")])
+def test_people_in_training_and_validation_are_counted(data, tmp_path, train, val, told):
+    line = words("evaluate", data, None, f"--output_dir={tmp_path}")
+    for split, people in ("train", train), ("val", val):
+        write_files(tmp_path / split, dataset(R=[GOOD] * len(people), Subject=people))
+        line.append(f"--{split}_dataset_path={tmp_path / split}")
+    assert re.fullmatch(told, "\n".join(re.findall("note: .*", run_here(line))))
 
 def test_same_data_and_too_few_steps_are_told(data, uninterrupted, run, tmp_path):
     same = f"--val_dataset_path={data}/val/../train"
@@ -727,9 +812,10 @@ def test_a_run_folder_goes_to_the_hub_and_back_bit_for_bit(uninterrupted, tmp_pa
     assert same_outputs(backbone, getattr(ours, "backbone", ours), *inputs)
 
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
-def test_a_model_of_the_hub_gives_its_loss_has_methods_and_runs_in_bfloat16(uninterrupted, command):
+def test_a_model_of_the_hub_does_all_that_trainer_and_others_ask(
+        uninterrupted, monkeypatch, command):
     folder, (signal, xyz) = uninterrupted[command], tiny_input(T=T, V=V)
-    auto, _ = hub_class(folder)
+    auto, module = hub_class(folder)
     theirs, ours = auto(folder), load(folder)
     backbone = getattr(theirs.model, "backbone", theirs.model)
     assert torch.equal(theirs.forecast(signal, xyz, 4), backbone.forecast(signal, xyz, 4))
@@ -755,6 +841,40 @@ def test_a_model_of_the_hub_gives_its_loss_has_methods_and_runs_in_bfloat16(unin
     half = auto(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert (half(signal, xyz).logits - expected).norm() < 0.02 * expected.norm()
+    theirs = auto(folder, attn_implementation="sdpa")
+    assert torch.equal(theirs(signal, xyz.expand(2, -1, -1)).logits, expected)   # as DataParallel
+    with pytest.raises(module.BadInput, match="a batch must be of one atlas"):
+        theirs(signal, torch.stack([xyz, xyz + 1]))
+    calls = spy(monkeypatch, module, "checkpoint")
+    for switch, count in ("enable", 2), ("disable", 0):
+        getattr(theirs, f"gradient_checkpointing_{switch}")()
+        calls.clear()
+        theirs.train()(signal, xyz).logits.sum().backward()
+        assert len(calls) == count
+
+def test_what_the_hub_would_leave_uninitialised_is_refused(uninterrupted, tmp_path):
+    folder = shutil.copytree(uninterrupted["pretrain"], tmp_path / "run")
+    auto, module = hub_class(folder)
+    wider = {"hidden_size": 16, "ignore_mismatched_sizes": True}
+    _, info = auto(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    for named in {"num_hidden_layers": 3}, wider, {"model_class": "BrainLMRegressor"}:
+        with pytest.raises(module.BadInput, match="run has no weights that fit .*model"):
+            auto(folder, **named)
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
+def test_weights_of_wrappers_are_read(tmp_path, prefix):
+    write_files(tmp_path / "run", checkpoint({prefix + name: TENSORS[name] for name in TENSORS}))
+    weights = load(tmp_path / "run").state_dict()
+    assert all(torch.equal(weights[name], TENSORS[name]) for name in TENSORS | weights)
+
+def test_weights_in_shards_are_read(uninterrupted, tmp_path):
+    auto, _ = hub_class(uninterrupted["pretrain"])
+    theirs = stir(auto(uninterrupted["pretrain"]))
+    theirs.save_pretrained(tmp_path, max_shard_size="4KB")
+    (tmp_path / "pytorch_model.bin").write_bytes(WEIGHTS)           # an older one
+    assert len(list(tmp_path.glob("model-0*.safetensors"))) > 1
+    assert same_outputs(load(tmp_path), theirs.model, *tiny_input(T=T, V=V))
 
 def test_what_neither_a_folder_nor_the_hub_has_is_refused_in_one_line(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -911,7 +1031,20 @@ def test_each_opponent_has_its_best_ridge_and_the_best_stands_first(tmp_path, mo
         best_first = sorted({*table} - {"BrainLM"}, key=R2.get, reverse=True)
         assert list(table) == ["BrainLM", *best_first]
 
-def test_connectivity_ridge_finds_a_target_that_is_written_in_the_connectivity(tmp_path):
+def test_opponents_of_float16_are_those_of_the_same_recordings_in_float32(tmp_path):
+    """Sums over these overflow float16, and its eps is .001."""
+    (_, recordings), model = tiny_dataset(tmp_path / "data", (300, 310, 320)), tiny_model()
+    xyz, target, found = tiny_input()[1], np.array([50.0, 60, 55]), []
+    for dtype in np.float16, np.float32:
+        of_dtype = [np.float16(1000 * recording).astype(dtype) for recording in recordings]
+        write_dataset(tmp_path / str(len(found)), {"R": of_dtype})
+        dataset = RecordingDataset(tmp_path / str(len(found)), "R")
+        data = brainlm.Data(xyz, list("aab"), dataset, dataset, "Age", target, target)
+        tables, _ = brainlm.evaluate_model(model, data)
+        found.append(str(tables | brainlm.evaluate_regression(data, target)))
+    assert found[0] == found[1] and found[0].count("BrainLM") == 5
+
+def test_connectivity_ridge_finds_what_is_written_in_the_connectivity_and_nothing_else(tmp_path):
     rng = np.random.default_rng(0)
     coupling = rng.uniform(0.1, 0.9, 60)                # of parcels 0 and 1; it makes the target
     recordings = rng.standard_normal((60, 300, 6))
@@ -922,11 +1055,8 @@ def test_connectivity_ridge_finds_a_target_that_is_written_in_the_connectivity(t
     known = np.where((np.arange(60) < 40) & (np.arange(60) != 3), target, np.nan)
     prediction = brainlm.connectivity_ridge(dataset, known, dataset, rows)
     assert scores(prediction, target[rows])["R2"] > 0.9
-
-def test_connectivity_ridge_finds_nothing_where_there_is_nothing(tmp_path):
-    """More connections than recordings fit any target: the penalty must be large."""
-    rng = np.random.default_rng(0)
-    dataset, _ = tiny_dataset(tmp_path / "data", lengths=[50] * 60, V=12)
+    # Where there is nothing, more connections than recordings fit any target: it must be cautious.
+    dataset, _ = tiny_dataset(tmp_path / "nothing", lengths=[50] * 60, V=12)
     target = np.append(rng.normal(60, 5, 40), [np.nan] * 20)
     prediction = brainlm.connectivity_ridge(dataset, target, dataset, range(40, 60))
     assert prediction.std() < 2 and abs(prediction.mean() - 60) < 2, "near the training mean"
@@ -991,6 +1121,21 @@ def test_on_a_cpu_only_bfloat16_changes_bits(data, uninterrupted, tmp_path, monk
     assert same == (flag != "--dtype=bfloat16")
     torch.testing.assert_close(weights, expected, rtol=0.05, atol=0.05)
     assert (len(compiled) > 0, len(checkpoints) > 0) == (flag == "--compile", "point" in flag)
+
+@pytest.mark.parametrize("values, expected", [      # of RANK, LOCAL_RANK, WORLD_SIZE, address, port
+    ("1,,,,", (0, 0, 1)), ("1,1,,host,1", (0, 0, 1)), (",,4,host,", (0, 0, 1)),
+    ("3,1,4,host,1", (3, 1, 4))])
+def test_what_a_launcher_left_over_changes_nothing(data, tmp_path, monkeypatch, values, expected):
+    for name, value in zip(brainlm.LAUNCHED, values.split(",")):
+        monkeypatch.setenv(name, value)
+    fresh = types.ModuleType("fresh")
+    monkeypatch.setitem(sys.modules, "fresh", fresh)    # dataclasses look there
+    exec(compile(SOURCE, "brainlm.py", "exec"), vars(fresh))
+    assert (fresh.RANK, fresh.LOCAL_RANK, fresh.WORLD_SIZE) == expected
+    if fresh.WORLD_SIZE == 1:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            fresh.main(words("pretrain", data, tmp_path, "--max_steps=1"))
+        assert "the model is in" in printed.getvalue() and load(tmp_path)
 
 def start_two(line, line_of_other=None, *of_first):
     """What torchrun --nproc_per_node=2 does, without its start-up time."""
@@ -1162,6 +1307,9 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(data, tmp_pat
 def test_every_setting_is_a_flag_with_the_same_default():
     with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
         brainlm.main(["pretrain", "--help"])
+    with contextlib.redirect_stdout(io.StringIO()) as told, pytest.raises(SystemExit) as stop:
+        brainlm.main([])
+    assert stop.value.code == 2 and "python brainlm.py finetune" in told.getvalue()
     words = " ".join(printed.getvalue().split())
     told = dict(re.findall(r"--(\w+) [^-].*?\(default: (.*?)\)", words))
     settings = vars(brainlm.command_line().parse_args(["pretrain"]))
@@ -1171,6 +1319,20 @@ def test_every_setting_is_a_flag_with_the_same_default():
     finetuning = brainlm.command_line().parse_args(["finetune"])    # of the README's table
     assert finetuning.per_device_train_batch_size == 8 and finetuning.num_train_epochs == 16
     assert finetuning.freeze_backbone
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "evaluate"])
+def test_of_the_paths_all_or_none_are_the_demos(command):
+    paths = [*brainlm.DEMO][:3 if command == "pretrain" else 4]
+    for count in range(len(paths) + 1):
+        for given in itertools.combinations(paths, count):
+            line = [command, *(f"--{name}=own" for name in given)]
+            missing = [f"--{name}" for name in paths if name not in given]
+            if 0 < count < len(paths):
+                assert_refused(line, f"give {', '.join(missing)} too")
+            else:
+                args = vars(brainlm.parse(line))
+                assert [args[name] for name in paths] == [
+                    brainlm.DEMO[name] if missing else "own" for name in paths]
 
 def test_the_references_command_line_runs(data, uninterrupted, tmp_path):
     line = words("pretrain", data, tmp_path, "--hidden_dropout_prob", "0.0",
@@ -1234,13 +1396,39 @@ def write_people(folder, *pairs, **columns):
     recordings = [numbers(length, seed=length).tolist() for length in (12, 20, 30)]
     write_files(folder, dataset(stream(*pairs, R=pa.array(recordings, LISTS), **columns)))
 
+DAY, FAR = datetime.date(2020, 1, 31), pa.array([10 ** 15] * 3).cast(pa.timestamp("s"))
+NOON = [datetime.datetime(2020, 1, 31, 12)] * 3
+SITES = ['a "b", c', "two\nlines", "é"]
+COLUMNS = {     # values of three people, and what predictions.csv has of them: of None nothing
+    "Site": (SITES, SITES), "Large": (pa.array(SITES, pa.large_string()), SITES),
+    "Group": (pa.array(["x", None, "x"]).dictionary_encode(), ["x", "", "x"]),
+    "Dose": ([decimal.Decimal("1.50"), None, None], ["1.50", "", ""]),
+    "Day": ([DAY, None, None], ["2020-01-31", "", ""]), "Score": ([1.5] * 3, ["1.5"] * 3),
+    "row": ([7, 8, 9], "789"), "prediction": (["x", None, "z"], ["x", "", "z"]),
+    "bytes": ([b"a", b"b", b"c"], "abc"), "no text": ([b"\xff"] * 3, None),
+    "far": (FAR, ["<value out of range: 1000000000000000>"] * 3),
+    "after Python's dates": (pa.array([3_000_000] * 3, pa.int32()).cast(pa.date32()),
+                             ["10183-09-21"] * 3),
+    "zone": (pa.array(NOON, pa.timestamp("s", "+01:00")), ["2020-01-31 13:00:00+0100"] * 3),
+    "nowhere's zone": (pa.array(NOON, pa.timestamp("s", "No/Where")), None),
+    "lists": ([[1], [2], None], None), "structs": ([{"a": 1}] * 3, None),
+    "null": ([None] * 3, [""] * 3)}
+
+def test_predictions_keep_what_the_user_had_and_leave_out_what_is_no_text(
+        data, uninterrupted, tmp_path):
+    write_people(tmp_path / "val", *((name, values) for name, (values, _) in COLUMNS.items()))
+    run = shutil.copytree(uninterrupted["finetune"], tmp_path / "run")
+    printed = run_here(words("evaluate", data, None, f"--val_dataset_path={tmp_path / 'val'}",
+                             f"--model_name_or_path={run}"))
+    left_out = re.findall("note: predictions.csv leaves out column ['\"](.*?)['\"]:", printed)
+    assert left_out == [name for name in COLUMNS if COLUMNS[name][1] is None]
+    for i, line in enumerate(predictions(run)):
+        assert line.pop("brainlm_row") == str(i) and float(line.pop("brainlm_prediction")) > 40
+        assert line == {name: expected[i] for name, (_, expected) in COLUMNS.items() if expected}
+
 def test_predictions_are_means_over_the_windows_of_each_recording(data, tmp_path):
-    run, sites, day = tmp_path / "run", ['a "b", c', "two\nlines", "é"], datetime.date(2020, 1, 31)
-    write_people(tmp_path / "val", Age=[50.5, None, 55.0], Site=sites, Number=[7, 8, 9],
-                 Large=pa.array(sites, pa.large_string()),
-                 Group=pa.array(["x", None, "x"]).dictionary_encode(),
-                 Dose=[decimal.Decimal("1.50"), None, None], Day=[day, None, None],
-                 Lists=[[1], [2], [3]])
+    run = tmp_path / "run"
+    write_people(tmp_path / "val", Age=[50.5, None, 55.0])
     val = f"--val_dataset_path={tmp_path / 'val'}"
     printed = run_here(words("finetune", data, run, val))
     assert f"predictions in {run / 'predictions.csv'}" in printed
@@ -1250,10 +1438,7 @@ def test_predictions_are_means_over_the_windows_of_each_recording(data, tmp_path
         signal = torch.from_numpy(numbers(length, seed=length))
         mean = model(torch.stack([signal[s:s + T] for s in starts]), xyz).mean().item()
         assert float(written[i].pop("prediction")) == pytest.approx(mean, rel=1e-5)
-        assert list(written[i].items()) == [
-            ("row", str(i)), ("Age", ["50.5", "", "55.0"][i]), ("Site", sites[i]),
-            ("Number", "789"[i]), ("Large", sites[i]), ("Group", ["x", "", "x"][i]),
-            ("Dose", ["1.50", "", ""][i]), ("Day", ["2020-01-31", "", ""][i])]
+        assert [*written[i].items()] == [("row", str(i)), ("Age", ["50.5", "", "55"][i])]
     table, = tables(run).values()
     text = (run / "predictions.csv").read_text()
     printed = run_here(words("evaluate", data, None, val, f"--model_name_or_path={run}"))
@@ -1273,11 +1458,64 @@ def test_evaluate_predicts_where_nobody_has_the_target(data, uninterrupted, tmp_
     printed = run_here(line)
     assert "3 rows without Age are left out" in printed and "|" not in printed
     for i, row in enumerate(predictions(run)):
-        assert row["row"] == str(i) and float(row["prediction"]) > 40
+        number = row["brainlm_row" if columns[:1] == [("row", [7, 8, 9])] else "row"]
+        assert number == str(i) and float(row["prediction"]) > 40
     (run / "args.json").unlink()
     assert_refused(line, "args.json ... --variable_of_interest_col_name")
     assert "without Score" in run_here([*line, "--variable_of_interest_col_name=Score"])
     assert (run / "evaluation.json").read_text() == before
+
+@pytest.mark.parametrize("column", ["\u0397\u03bb\u03b9\u03ba\u03af\u03b1", "a|b", "a, 'b'\n{c}"])
+def test_a_target_of_any_name_ends_in_weights_tables_card_and_predictions(
+        data, tmp_path, monkeypatch, column):
+    written = spy(monkeypatch, brainlm, "write_atomically")
+    write_people(tmp_path / "own", (column, [50.0, 60.0, 70.0]))
+    own = [f"--{name}_dataset_path={tmp_path / 'own'}" for name in ("train", "val")]
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    with contextlib.redirect_stdout(console):
+        brainlm.main(words("finetune", data, tmp_path / "run", *own, "--eval_steps=0",
+                           f"--variable_of_interest_col_name={column}"))
+    assert b"the model is in" in console.buffer.getvalue()
+    assert [path.name for path, _ in written[-4:]] == [
+        "pytorch_model.bin", "evaluation.json", "README.md", "predictions.csv"]
+    title = f"{column}, 3 validation recordings"
+    assert [*tables(tmp_path / "run")] == [title] and len(predictions(tmp_path / "run")) == 3
+    lines = re.findall(r"^\|.*", (tmp_path / "run/README.md").read_text("utf-8"), re.MULTILINE)
+    if "\n" not in column:
+        assert title.replace("|", "\\|") in lines[0]
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+
+@pytest.mark.parametrize("names, expected", [
+    ([b"Visual", b"Default"] * 3, ["Visual", "Default"] * 3), ([1, None] * 3, ["1", None] * 3),
+    ([DAY] * 6, ["2020-01-31"] * 6), (pa.array(["a"] * 6).dictionary_encode(), ["a"] * 6)])
+def test_networks_of_any_type_become_text(data, tmp_path, names, expected):
+    write_files(tmp_path / "coords", dataset(**XYZ, Network=names))
+    line = words("pretrain", data, tmp_path / "run", f"--coords_dataset_path={tmp_path / 'coords'}")
+    run_here([*line, "--max_steps=1"])
+    assert json.loads((tmp_path / "run/coordinates.json").read_text())["Network"] == expected
+
+@pytest.mark.parametrize("command", ["finetune", "evaluate"])
+def test_windows_may_be_shorter_than_in_pretraining(data, tmp_path, command):
+    people = {"R": [numbers(9, seed=i) for i in range(4)], "Age": [50.0, 60, 70, 80]}
+    write_dataset(tmp_path / "own", people)
+    own = [f"--{name}_dataset_path={tmp_path / 'own'}" for name in ("train", "val")]
+    line = words(command, data, None, *own, f"--output_dir={tmp_path / 'run'}")
+    assert_refused(line, "row 0 has 9 timepoints ... lower --num_timepoints_per_voxel")
+    assert_refused([*line, "--num_timepoints_per_voxel=7"], "multiple of ... try 4")
+    assert "windows of 8" in run_here([*line, "--num_timepoints_per_voxel=8"])
+
+def test_evaluate_shows_its_tables_where_it_cannot_write(data, tmp_path, monkeypatch):
+    def readonly(path, content):
+        raise PermissionError(13, "Permission denied", str(path))
+    (tmp_path / "file").write_text("mine")
+    assert_refused(words("evaluate", data, None, f"--output_dir={tmp_path / 'file'}"), "file")
+    run_here(words("evaluate", data, None, f"--output_dir={tmp_path / 'new/folder'}"))
+    assert len(tables(tmp_path / "new/folder")) == 3
+    monkeypatch.setattr(brainlm, "write_atomically", readonly)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        with contextlib.redirect_stderr(io.StringIO()) as error, pytest.raises(SystemExit):
+            brainlm.main(words("evaluate", data, None))
+    assert printed.getvalue().count("| BrainLM") == 4 and "denied" in error.getvalue()
 
 @pytest.mark.parametrize("recording", [numbers(20, 1), 0 * numbers()])      # constant, the second
 def test_the_least_there_can_be_goes_through_all_commands(tmp_path, recording):
@@ -1505,10 +1743,10 @@ def test_every_python_block_of_the_readme_runs_in_order(tmp_path, monkeypatch):
         exec(block, names)
     assert names["forecast"].shape == (1, 40, 20) and Path("my_data/train/state.json").exists()
 
-def test_the_readmes_trainer_and_tensorboard(data, uninterrupted, tmp_path, monkeypatch):
+def test_the_readmes_trainer(data, uninterrupted, tmp_path, monkeypatch):
     for package in "transformers", "accelerate":
         pytest.importorskip(package)
-    trainer, board = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
+    trainer, = re.findall(r"```py\n((?:(?!```).)*Trainer\(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(uninterrupted["pretrain"], "runs/pretrain")
     names = {**vars(brainlm), "dataset": RecordingDataset(data / "train", "R"),
@@ -1521,14 +1759,6 @@ def test_the_readmes_trainer_and_tensorboard(data, uninterrupted, tmp_path, monk
     exec(trainer[trainer.index("arguments = "):].replace(
         "max_steps=2", "max_steps=1, gradient_checkpointing=True"), names)
     assert len(calls) == 2 * 2, "twice a layer"
-    curves, module = [], types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = lambda folder: contextlib.nullcontext(types.SimpleNamespace(
-        add_scalar=lambda name, value, step: curves.append((step, name, value))))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(board, names)
-    expected = {(line["step"], name, line[name])
-                for line in metrics(Path("runs/pretrain")) for name in line.keys() - {"step"}}
-    assert set(curves) == expected
 
 def test_the_readme_links_to_the_lines_of_its_functions():
     lines = SOURCE.splitlines()

@@ -1,0 +1,73 @@
+"""The tables of the READMEs, from the evaluation.json of runs that differ by their seed alone:
+
+    python benchmarks/results.py NAME RUN [RUN ...]     # into results.json, and into the READMEs
+    python benchmarks/results.py                        # into the READMEs, from results.json
+
+A table stands in README.md or benchmarks/README.md below a line `<!-- results: NAME -->`: means over
+the runs, +- their standard deviation where it shows, the best of a column in bold. A test compares.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+READMES = HERE.parent / "README.md", HERE / "README.md"
+LOWER_IS_BETTER = "MSE", "MAE"
+
+def collect(runs):
+    """{title: {method: {score: [mean, standard deviation]}}} over the runs' evaluation.json."""
+    tables = [json.loads(Path(run, "evaluation.json").read_text())["tables"] for run in runs]
+    collected = {}
+    for title, table in tables[0].items():
+        collected[title] = {}
+        for method, row in table.items():
+            values = {name: [float("nan" if other[title][method][name] is None
+                                   else other[title][method][name]) for other in tables]
+                      for name in row}
+            collected[title][method] = {name: [round(float(np.mean(each)), 4),
+                                               round(float(np.std(each)), 4)]
+                                        for name, each in values.items()}
+    return collected
+
+def cell(mean, deviation, best):
+    text = "-" if mean != mean else f"{mean:.3f}"
+    text = f"**{text}**" if best else text
+    return text + (f" ± {deviation:.3f}" if deviation >= 0.0005 else "")
+
+def markdown(tables):
+    lines = []
+    for title, table in tables.items():
+        columns = list(next(iter(table.values())))
+        best = {}
+        for name in columns:
+            means = [row[name][0] for row in table.values() if row[name][0] == row[name][0]]
+            best[name] = min(means) if name in LOWER_IS_BETTER else max(means)
+        lines += [f"| {title} | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+        for method, row in table.items():
+            cells = [cell(*row[name], best=row[name][0] == best[name]) for name in columns]
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+def with_tables(text, results):
+    """A README's text with the tables of results.json below their lines."""
+    return re.sub(r"(<!-- results: (\S+) -->\n)(?:\|.*\n|\n(?=\|))*",
+                  lambda found: found[1] + markdown(results[found[2]]).rstrip("\n") + "\n", text)
+
+def main():
+    file = HERE / "results.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    if len(sys.argv) > 2:
+        name, *runs = sys.argv[1:]
+        results[name] = collect(runs)
+        file.write_text(json.dumps(results, indent=1) + "\n")
+    for readme in READMES:
+        readme.write_text(with_tables(readme.read_text(encoding="utf-8"), results),
+                          encoding="utf-8")
+
+if __name__ == "__main__":
+    main()
