@@ -404,33 +404,34 @@ def make_hcp_data(output_dir, num_surrogates, seed):
 
 FORMATS = ".tsv .csv .txt .1D .npy .ptseries.nii"  # in any case, each with or without .gz
 FORMAT = re.compile(rf"({'|'.join(map(re.escape, FORMATS.split()))})(\.gz)?$", re.IGNORECASE)
-MISSING = "", "n/a", "na", "nan", "null", "none"  # cells without a value, in any case
 POINTERS = b"/annex/objects/", b"version https://git-lfs"  # how files begin that are kept elsewhere
+MISSING = "", "n/a", "na", "nan", "null", "none"  # cells without a value, in any case
+BIDS = "(sub-[0-9A-Za-z]+)(_(?!sub-)[a-z]+-[^_]+)*(_[a-z]+[0-9]?)?"  # person, entities, suffix
 PARCEL_COLUMNS = {"network": "Network", "network_label": "Network", "label": "Label",
-                  "roi name": "Label", "name": "Label"}
-BIDS = "(sub-[0-9A-Za-z]+)(_(?!sub-)[a-z]+-[^_]+)*(_[a-z]+)?"  # person, entities, suffix
+                  "roi name": "Label"}
 WINDOW, PATCH, FEW = 200, 20, 80  # of brainlm.py: timepoints; recordings for 200 steps in 5 epochs
 
 
 def make_files_data(input_dir, coords, participants, output_dir, pattern, subject_pattern, header,
                     val_share, min_timepoints, tr, seed):
     """Write {train,val,coords} from files of (timepoints, parcels) each; arguments as the flags."""
-    if not (0 < val_share < 1 and min_timepoints >= PATCH and (tr is None or tr > 0)):
-        raise ValueError(f"--val_share is {val_share}, --min_timepoints is {min_timepoints}, --tr is "
-                         f"{tr}: need between 0 and 1, at least {PATCH}, above 0 seconds")
+    for told, possible in (
+            (f"--val_share is {val_share}: not between 0 and 1", 0 < val_share < 1),
+            (f"--min_timepoints is {min_timepoints}: less than {PATCH}", min_timepoints >= PATCH),
+            (f"--tr is {tr}: not more than 0 seconds", tr is None or tr > 0)):
+        if not possible:
+            raise ValueError(told)
     parcels, labellings = read_parcels(Path(coords))
     people = read_participants(Path(participants)) if participants else {}
-    files = find_files(Path(input_dir), pattern, [coords, participants or coords])
-    who = find_people([file.relative_to(input_dir) for file in files], subject_pattern)
-
     nobody = {name: None for rows in people.values() for name in rows[0][1]}
+    files = find_files(Path(input_dir), pattern, [table for table in (coords, participants) if table])
     rows, short, strangers, first = [], [], 0, None
-    for file, (subject, session) in zip(files, who):
+    for file, (subject, session) in zip(files, find_people(files, input_dir, subject_pattern)):
         with naming(file):
             names, series = read_series(file, header, labellings, len(parcels["X"]))
             first = first or (file, names)
             if not labellings and names != first[1]:
-                raise ValueError(f"columns are {listed(names)}, those of {first[0]} "
+                raise ValueError(f"columns are named {listed(names)}, in {first[0]} "
                                  f"{listed(first[1])}: need one order, or labels in {coords}")
             series = in_atlas_order(names, series, labellings, len(parcels["X"]))
             if len(series) < min_timepoints:
@@ -450,24 +451,23 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, subjec
         told += (f"; {len(short)} are shorter than --min_timepoints {min_timepoints}, of "
                  f"{min(short)} to {max(short)} timepoints")
     if len(subjects) < 2:
-        raise ValueError(f"{told}: need files of two people, to train and to validate on")
+        raise ValueError(f"{told}: need two people, to train and to validate on")
     print(told)
     if subject_pattern and len(subjects) >= len(rows) - 1:
-        print(f"note: --subject_pattern gives {len(subjects)} people to {len(rows)} files: is "
-              "nobody there twice?")
+        print(f"note: --subject_pattern finds {len(subjects)} people in {len(rows)} files: is "
+              "really nobody there twice?")
     if people:
-        absent = len(people.keys() - {plain(subject) for subject in subjects})
-        told = (f"{participants}: {strangers} of {len(rows)} recordings have no row there, {absent} "
-                f"of {len(people)} people there no recording")
+        absent = people.keys() - {plain(subject) for subject in subjects}
+        told = (f"{participants}: {strangers} of {len(rows)} recordings have no row there, "
+                f"{len(absent)} of {len(people)} people there have no recording")
         if strangers == len(rows):
-            raise ValueError(f"{told}: participant_id is {listed(list(people))}")
+            raise ValueError(f"{told}: participant_id is {listed([*people])}")
         print(told)
-    write_splits(rows, parcels, output_dir, val_share, seed)
+    write_splits(rows, parcels, subjects, output_dir, val_share, seed)
 
 
-def write_splits(rows, parcels, output_dir, val_share, seed):
+def write_splits(rows, parcels, subjects, output_dir, val_share, seed):
     """All recordings of a person go into one split. Prints the command that pretrains on them."""
-    subjects = sorted({row["Subject"] for row in rows})
     num_val = min(max(1, round(val_share * len(subjects))), len(subjects) - 1)
     in_val = np.random.default_rng(seed).permutation(subjects)[:num_val]
     write_dataset(Path(output_dir, "coords"), parcels)
@@ -501,20 +501,19 @@ def naming(file):
 
 def listed(names):
     """The first three names, for a line."""
-    return ", ".join((names or ["nameless"])[:3]) + " ..." * (len(names or []) > 3)
+    return ", ".join((names or ["none"])[:3]) + " ..." * (len(names or []) > 3)
 
 
 def find_files(folder, pattern, tables):
-    """The files below a folder that a pattern picks, without `tables`, which say other things."""
+    """The files below a folder that a pattern picks, but for `tables`, which hold other things."""
     tables = [Path(table).resolve() for table in tables]
     there = [file for file in visible_files(folder, set()) if file.resolve() not in tables]
     picked = [file for file in there if fits(file.relative_to(folder), pattern)]
     files = [file for file in picked if FORMAT.search(file.name)]
     others = [file.name for file in picked if not FORMAT.search(file.name)]
     if not files:
-        names = others or [file.name for file in there] or ["nothing"]
         raise ValueError(f"{folder}: no file fits --pattern {pattern!r} and is of {FORMATS} (.gz): "
-                         f"there is {listed(names)}")
+                         f"there is {listed(others or [file.name for file in there])}")
     if others:
         print(f"{len(others)} files are left out, not of {FORMATS} (.gz): {listed(others)}")
     return files
@@ -539,43 +538,44 @@ def fits(path, pattern):
     return Path(str(path).lower()).match(pattern.lower())
 
 
-def find_people(paths, pattern):
-    """(person, session or None) of each path: sub-<label> or what the pattern finds, ses-<label>."""
+def find_people(files, folder, pattern):
+    """(person, session or None) of each file: sub-<label> or what the pattern finds, ses-<label>."""
     people = []
-    for path in paths:
-        text = FORMAT.sub("", path.as_posix())
-        parts = [part for part in text.split("/") if re.search("(?<![A-Za-z])sub-", part)]
-        matches = [re.search(pattern, text)] if pattern else [re.fullmatch(BIDS, part) for part in parts]
+    with naming(f"--subject_pattern {pattern}"):
+        if pattern and re.compile(pattern).groups != 1:
+            raise ValueError("need a regular expression with one group in ( )")
+    for file in files:
+        path = FORMAT.sub("", file.relative_to(folder).as_posix())
+        parts = [part for part in path.split("/") if re.search("(?<![A-Za-z])sub-", part)]
+        matches = [re.fullmatch(BIDS, part) for part in parts]
+        if pattern:
+            matches = [re.search(pattern, path)]
         labels = {match and match[1] for match in matches}
-        sessions = set(re.findall("(?<![^/_])ses-([0-9A-Za-z]+)", text))
+        sessions = set(re.findall("(?<![^/_])ses-([0-9A-Za-z]+)", path))
         if len(labels) != 1 or not all(labels) or len(sessions) > 1:
-            raise ValueError(f"{path}: need one person and at most one session, sub-<label>_ses-"
-                             "<label>_key-value_suffix, or --subject_pattern with one group"
-                             f"{f' (not {pattern})' if pattern else ''}, as {example(text)}")
+            raise ValueError(f"{file}: who is it? need one sub-<label>_key-value_suffix and at most "
+                             f"one ses-<label>; or --subject_pattern, now {pattern}, with a group, "
+                             f"as {example(path)}")
         people.append((*labels, plain(*sessions) if sessions else None))
     labels = sorted({label for label, session in people}, key=plain)
     for label, other in zip(labels, labels[1:]):
         if plain(label) == plain(other):
-            raise ValueError(f"{label} and {other} differ by zeros alone: one person or two?")
+            raise ValueError(f"{label} and {other}: one person or two? --subject_pattern tells")
     return people
 
 
 def example(path):
-    """A --subject_pattern that fits a path, and what it finds there."""
-    pattern = "^([^/]+)"
-    bids = re.search("sub-[^_/]+((_[^-_/]+)*)_", path)
-    number = max(re.findall(r"\d+", path), key=len, default=None)
-    if bids:
-        pattern = f"sub-([^_/]+{'_[^_/]+' * bids[1].count('_')})_"
-    elif number:
-        before, after = path.split(number, 1)
-        pattern = f"{before[-1:] or '^'}([0-9]+){after[:1] or '$'}"
-    return f"{shlex.quote(pattern)} for {re.search(pattern, path)[1]}"
+    """A --subject_pattern for a path, whose group is a part of it up to its longest number."""
+    number = max(re.findall("[0-9]+", path), key=len, default="")
+    start = path[:path.find(number)].rfind("/") + 1
+    label = path[start:path.find(number) + len(number)] or path
+    group = re.sub("[A-Za-z]+", "[A-Za-z]+", re.sub("[0-9]+", "[0-9]+", re.escape(label)))
+    return f"{shlex.quote(f'(?:^|/)({group})')} for {label}"
 
 
 def plain(label):
     """A label without sub- or ses-, and without the leading zeros that spreadsheets take away."""
-    return re.sub("^(sub-|ses-)?0*", "", label)
+    return re.sub("^(sub-|ses-)?0*", "", label.strip())
 
 
 def read_bytes(file):
@@ -589,27 +589,28 @@ def read_bytes(file):
 
 
 def read_cells(file):
-    """A table as text [rows, columns], its header included. A row too long or short is refused."""
+    """A table as text [rows, columns], its header included, "" where a cell is empty."""
     import pandas
     content = read_bytes(file)
+    utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
-        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        text = content.decode("utf-16" if utf_16 else "utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("latin-1")
-    text = "\n".join(text.strip("\r\n").splitlines())
-    if FORMAT.search(file.name)[1].lower() == ".1d":
+    if ".1d" in file.name.lower():
         text = re.sub("(?m)^ *#.*\n", "", text)
+    text = "\n".join(text.strip("\r\n").splitlines())
     separator = next((mark for mark in "\t;," if mark in text.partition("\n")[0]), r"\s+")
-    cells = pandas.read_csv(io.StringIO(text), sep=separator, header=None, dtype=str,
+    table = pandas.read_csv(io.StringIO(text), sep=separator, header=None, dtype=str,
                             keep_default_na=False, skip_blank_lines=False, skipinitialspace=True,
-                            engine="python")  # which tells an empty cell from one that is absent
-    for row in np.flatnonzero(cells.isna().any(axis=1)):
+                            engine="python")  # which tells an empty cell from one that is not there
+    for row in np.flatnonzero(table.isna().any(axis=1)):
         raise ValueError(f"row {row + 1} has fewer cells than row 1")
-    return cells.to_numpy(object)
+    return table.to_numpy(object)
 
 
 def parse(cells):
-    """Text -> float64 of its shape, NaN where it is no number, and where a value is missing."""
+    """Text -> float64 of its shape, NaN where it is no number; and where a value is missing."""
     import pandas
     text = pandas.Series(cells.ravel()).str.strip()
     commas = text[text.str.contains(",", regex=False)]
@@ -625,22 +626,22 @@ def numbers(cells, names, first_row):
     """Text -> float64, NaN where a value is missing; other text is refused by row and column."""
     values, missing = parse(cells)
     for row, column in np.argwhere(np.isnan(values) & ~missing):
-        raise ValueError(f"row {row + first_row}, column {names[column]} is {cells[row, column]!r}: "
-                         "need n/a or numbers, with points or all with commas for decimals")
+        raise ValueError(f"row {row + first_row}, column {names[column]} is {cells[row, column]!r}, "
+                         "need n/a or a number, decimals of all with a point or of all with a comma")
     return values
 
 
 def has_header(cells, labellings):
     """Whether the first row of a series is names of parcels and no timepoint."""
-    first, missing = parse(cells[0])
-    if (np.isnan(first) & ~missing).any() or any(set(cells[0]) >= set(row) for row in labellings):
+    values, missing = parse(cells[0])
+    if (np.isnan(values) & ~missing).any() or any(set(cells[0]) >= set(row) for row in labellings):
         return True
-    ids = first[int(cells[0, 0] == ""):]  # the first name is empty above an index of pandas
+    ids = values[int(cells[0, 0] == ""):]  # pandas writes no name above an index
     if (ids % 1 != 0).any() or len(set(ids)) < len(ids):
         return False
     if (parse(cells[1:])[0] % 1 > 0).any():
         return True
-    raise ValueError(f"row 1 is {listed(list(cells[0]))}: values or names? --header yes or no tells")
+    raise ValueError(f"row 1 is {listed([*cells[0]])}: values or names? --header yes or no tells")
 
 
 def read_series(file, header, labellings, num_parcels):
@@ -653,62 +654,67 @@ def read_series(file, header, labellings, num_parcels):
     elif kind == ".ptseries.nii":
         import nibabel
         image = nibabel.Cifti2Image.from_bytes(read_bytes(file))
-        cells, names = image.get_fdata(), list(image.header.get_axis(1).name)
+        cells, names = image.get_fdata(), [*image.header.get_axis(1).name]
     else:
         cells = read_cells(file)
-    first_column = set(cells[:, 0]), set(cells[1:, 0])
-    if (any(set(labels) in first_column for labels in labellings) or num_parcels in
-            (len(cells), len(cells) - 1) and cells.shape[1] not in (num_parcels, num_parcels + 1)):
-        raise ValueError(f"{len(cells)} rows of {cells.shape[1]}: parcels are the rows, transposed? "
-                         "need a row for each timepoint")
+    rows, columns = cells.shape
+    named = any(set(row) in (set(cells[:, 0]), set(cells[1:, 0])) for row in labellings)
+    if named or num_parcels in (rows, rows - 1) and columns not in (num_parcels, num_parcels + 1):
+        raise ValueError(f"{rows} rows of {columns} are the {num_parcels} parcels: transposed, need "
+                         "a row for each timepoint")
     if cells.dtype == object:
-        named = has_header(cells, labellings) if header == "auto" else header == "yes"
-        while cells.shape[1] > num_parcels and is_index(cells, named):
+        start = int(has_header(cells, labellings) if header == "auto" else header == "yes")
+        while cells.shape[1] > num_parcels and is_index(cells[:, 0], start):
             cells = cells[:, 1:]
-        names = list(cells[0]) if named else None
-        cells = numbers(cells[named:], names or range(1, cells.shape[1] + 1), 1 + named)
+        names = [name.strip() for name in cells[0]] if start else None
+        cells = numbers(cells[start:], names or range(1, cells.shape[1] + 1), 1 + start)
     for row, column in np.argwhere(abs(cells) >= 1e30):
         raise ValueError(f"timepoint {row + 1}, column {column + 1} is {cells[row, column]}")
+    if len(cells) == 0:
+        raise ValueError("no timepoints")
     return names, cells.astype(np.float64)
 
 
-def is_index(cells, named):
-    """Whether the first column is the index of a table of pandas: nameless, or 0, 1, 2, ..."""
-    values = parse(cells[int(named):, 0])[0]
-    return named and cells[0, 0] == "" or np.array_equal(values, np.arange(len(values)))
+def is_index(column, start):
+    """Whether cells are the index of a table of pandas: without a name, or 0, 1, 2, ..."""
+    values, _ = parse(column[start:])
+    return start and column[0] == "" or np.array_equal(values, np.arange(len(values)))
 
 
 def in_atlas_order(names, series, labellings, num_parcels):
-    """The columns of series [timepoints, columns] in the order of the atlas, by names if any."""
+    """The columns of a series [timepoints, columns] in the atlas' order, by names if they have."""
     names = names or []
     orders = [labels for labels in labellings if sorted(labels) == sorted(names)]
-    if not orders and labellings and names != [str(i) for i in range(len(names))]:
+    counted = names == [str(i) for i in range(len(names))]  # by pandas, where there are no names
+    if labellings and not orders and not counted:
         labels = max(labellings, key=lambda labels: len(set(labels) & set(names)))
         lacking, surplus = Counter(labels) - Counter(names), Counter(names) - Counter(labels)
-        raise ValueError(f"its columns lack {listed([*lacking])} of --coords, and "
-                         f"{listed([*surplus])} is not there")
+        raise ValueError(f"parcels of --coords without a column: {listed([*lacking])}; columns "
+                         f"that are no parcel there: {listed([*surplus])}")
     if series.shape[1] != num_parcels:
-        raise ValueError(f"{series.shape[1]} columns ({listed(names)}), {num_parcels} parcels")
+        raise ValueError(f"{series.shape[1]} columns for {num_parcels} parcels; columns are named "
+                         f"{', '.join(names) or 'none'}")
     if any(labels != orders[0] for labels in orders):
         raise ValueError("two columns of --coords name the columns, in two orders: leave one out")
     return series[:, [names.index(label) for label in orders[0]]] if orders else series
 
 
 def cleaned(series, file):
-    """A series as robust_scale makes it, None if it is mostly missing; prints what it changes.
+    """What robust_scale makes of a series, timepoints without values interpolated in time.
 
-    Timepoints without values are interpolated between those around them.
+    None where more than half of them are. What is changed, and what is odd, is told.
     """
+    timepoints, parcels = series.shape
     seen = ~np.isnan(series)
     gaps = ~seen[:, seen.any(axis=0)].any(axis=1)
-    time, told = np.arange(len(series)), f"{gaps.sum()} of {len(series)} timepoints lack values"
-    if 2 * gaps.sum() > len(series):
-        print(f"{file}: {told}: left out")
-        return None
+    left_out = 2 * gaps.sum() > timepoints
     if gaps.any():
-        print(f"{file}: {told}: interpolated in time")
+        print(f"{file}: {gaps.sum()} of {timepoints} timepoints have no values: "
+              f"{'left out' if left_out else 'interpolated'}")
+    if left_out:
+        return None
     for signal in series.T:
-        signal[gaps] = np.interp(time[gaps], time[~gaps], signal[~gaps])
+        signal[gaps] = np.interp(*map(np.flatnonzero, (gaps, ~gaps)), signal[~gaps])
     with warnings.catch_warnings(record=True) as silent:
         warnings.simplefilter("always")
         scaled = robust_scale(series, nan="zero")
@@ -716,57 +722,53 @@ def cleaned(series, file):
         raise ValueError("no parcel varies")
     for warning in silent:
         print(f"{file}: {warning.message}")
-    if (abs(scaled) > 50).any():
-        print(f"note: {file}: {(abs(scaled) > 50).sum()} values are more than 50 interquartile "
-              "ranges from the median: spikes?")
+    spikes = (abs(scaled) > 50).sum()
+    if spikes:
+        print(f"note: {file}: {spikes} values are spikes, past 50 interquartile ranges")
+    if timepoints == parcels:
+        print(f"note: {file}: as many rows as columns: rows are taken as timepoints")
     return scaled
 
 
 def read_columns(file):
     """{name: cells of text} of a table with a header."""
     cells = read_cells(file)
-    twice = [name for name, count in Counter(cells[0]).items() if count > 1]
-    if twice or len(cells) < 2:
-        raise ValueError(f"column {twice[0]} stands there twice" if twice else "no rows")
-    return dict(zip(cells[0], cells[1:].T))
-
-
-def values_of(cells):
-    """Cells of a column as list: numbers where each is one, else text; None where missing."""
-    values, missing = parse(cells)
-    values = cells if np.isnan(values[~missing]).any() else values
-    return [None if absent else value for absent, value in zip(missing, values.tolist())]
+    names = [name.strip() for name in cells[0]]
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ValueError(f"column {name!r} stands there {count} times")
+    return dict(zip(names, cells[1:].T))
 
 
 def read_parcels(file):
-    """The columns of the coords dataset, and each column of the table that may name parcels."""
+    """The columns of the coords dataset, and each column of the table that can name parcels."""
     with naming(file):
         table = read_columns(file)
-        lower = {name: name.lower() for name in table}
-        axes = [[name for name in table if lower[name] in (axis, f"{axis}_mni", f"mni_{axis}")]
+        axes = [[name for name in table if name.lower() in (axis, f"{axis}_mni", f"mni_{axis}")]
                 for axis in "xyz"]
-        ras = [[name for name in table if lower[name] == axis] for axis in "ras"]
-        if any(axes) and all(ras):
+        scanner = [[name for name in table if name.lower() == axis] for axis in "ras"]
+        if any(axes) and all(scanner):
             print(f"note: {file}: x, y, z are read, R, A, S are not")
-        axes = axes if any(axes) else ras
+        axes = axes if any(axes) else scanner
         if [len(names) for names in axes] != [1, 1, 1]:
             raise ValueError("need one column each of x, y, z or R, A, S, in MNI mm; columns are "
                              f"{', '.join(table)}")
         axes = [name for name, in axes]
-        xyz = numbers(np.stack([table[name] for name in axes], 1), axes, 2)
-        reach = abs(xyz).max(axis=1)  # of a brain: up to 110 mm; voxel indices are not negative
-        odd = ~(reach < 200) | (np.nanmin(xyz) >= 0) | (np.nanmax(reach) < 1)
-        for row in np.flatnonzero(odd):
-            raise ValueError(f"row {row + 2}: x, y, z are {xyz[row].tolist()}: missing, or voxel "
-                             "indices or metres, need MNI mm")
-    parcels = dict(zip("XYZ", xyz.T))
-    labellings = []
-    for name, cells in table.items():
-        values, missing = parse(cells)
-        if name not in axes and len(set(cells)) == len(cells) and not (values % 1 > 0).any():
-            labellings.append(list(cells))
-        if lower[name] in PARCEL_COLUMNS:
-            parcels[PARCEL_COLUMNS[lower[name]]] = [cell or None for cell in cells]
+        xyz = numbers(np.stack([table[name] for name in axes], axis=1), axes, first_row=2)
+        reach = abs(xyz).max(axis=1)  # of a brain 110 mm, and not all of it is above 0
+        for row in np.flatnonzero(~(reach < 200) | (reach < 1).all() | ~(xyz < 0).any()):
+            raise ValueError(f"row {row + 2}: {', '.join(axes)} are {xyz[row].tolist()}: need MNI mm, "
+                             "no voxel indices, no metres, none missing")
+        parcels, labellings = dict(zip("XYZ", xyz.T)), []
+        for name, cells in table.items():
+            values, missing = parse(cells)
+            if name not in axes and not missing.any() and not (values % 1 > 0).any():
+                if len(set(cells)) == len(cells):
+                    labellings.append([*cells])
+                elif PARCEL_COLUMNS.get(name.lower()) == "Label":
+                    raise ValueError(f"column {name}: {Counter(cells).most_common(1)[0][0]} is there twice")
+            if name.lower() in PARCEL_COLUMNS:
+                parcels[PARCEL_COLUMNS[name.lower()]] = np.where(missing, None, cells)
     return parcels, labellings
 
 
@@ -776,16 +778,20 @@ def read_participants(file):
     with naming(file):
         table = read_columns(file)
         if "participant_id" not in table or {"Subject", "File", RECORDING_COL} & table.keys():
-            raise ValueError("need a column participant_id, and none called Subject or File: columns "
+            raise ValueError("need a column participant_id, and none named Subject or File: columns "
                              f"are {', '.join(table)}")
-        ids, sessions = table.pop("participant_id"), table.get("session_id")
-        columns = {name: values_of(cells) for name, cells in table.items()}
-        for row, label in enumerate(ids):
-            if label.lower() in MISSING:
+        ids = table.pop("participant_id")
+        columns = {}
+        for name, cells in table.items():
+            values, missing = parse(cells)
+            values = cells if np.isnan(values[~missing]).any() else values
+            columns[name] = np.where(missing, None, values).tolist()
+        for row, (label, session) in enumerate(zip(ids, table.get("session_id", [""] * len(ids)))):
+            if label.strip().lower() in MISSING:
                 raise ValueError(f"row {row + 2} lacks participant_id")
-            session = None if sessions is None or sessions[row].lower() in MISSING else plain(sessions[row])
+            at = None if session.strip().lower() in MISSING else plain(session)
             said = {name: values[row] for name, values in columns.items()}
-            people.setdefault(plain(label), []).append((session, said))
+            people.setdefault(plain(label), []).append((at, said))
     return people
 
 
@@ -793,10 +799,9 @@ def said_of(rows, session):
     """{column: value} of a person in a session, None where the participants table lacks it."""
     own = [said for at, said in rows if None in (at, session) or at == session]
     for name in own[0] if own else []:
-        values = {said[name] for said in own}
-        if len(values) > 1:
-            raise ValueError(f"the participants table has {' and '.join(map(repr, values))} as {name}: a column "
-                             "session_id and ses-<label> in the path would tell which")
+        if len({said[name] for said in own}) > 1:
+            raise ValueError(f"{name} of the person in --participants is {own[0][name]} and "
+                             f"{own[1][name]}: session_id there and ses- in the path tell which")
     return own[0] if own else None
 
 
