@@ -522,10 +522,10 @@ def visible_files(folder, seen):
     """The files below a folder, through links to folders too, no folder twice and none hidden."""
     if folder.resolve() not in seen:
         seen.add(folder.resolve())
-        for path in sorted(folder.iterdir()):
-            if path.is_dir() and not path.name.startswith("."):
+        for path in sorted(path for path in folder.iterdir() if path.name[0] != "."):
+            if path.is_dir():
                 yield from visible_files(path, seen)
-            elif not path.name.startswith("."):
+            else:
                 yield path
 
 
@@ -670,11 +670,12 @@ def read_series(file, header, labellings, num_parcels):
             cells = cells[:, 1:]
         names = [name.strip() for name in cells[0]] if start else None
         cells = numbers(cells[start:], names or range(1, cells.shape[1] + 1), 1 + start)
-    for row, column in np.argwhere(abs(cells) >= 1e30):
-        raise ValueError(f"timepoint {row + 1}, column {column + 1} is {cells[row, column]}")
-    if len(cells) == 0:
+    series = np.array(cells, np.float64)
+    for row, column in np.argwhere(abs(series) >= 1e30):
+        raise ValueError(f"timepoint {row + 1}, column {column + 1} is {series[row, column]}")
+    if len(series) == 0:
         raise ValueError("no timepoints")
-    return names, cells.astype(np.float64)
+    return names, series
 
 
 def is_index(column, start):
@@ -736,6 +737,8 @@ def read_columns(file):
     """{name: cells of text} of a table with a header."""
     cells = read_cells(file)
     names = [name.strip() for name in cells[0]]
+    if len(cells) < 2:
+        raise ValueError("no rows below the header")
     for name, count in Counter(names).items():
         if count > 1:
             raise ValueError(f"column {name!r} stands there {count} times")

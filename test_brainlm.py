@@ -1683,7 +1683,9 @@ def cells(x, names="abcd", sep="\t"):
     return "".join(sep.join(row) + "\n" for row in [[*names]] * bool(names) + rows)
 
 def lacking(x, *where):
-    return np.where(np.isin(np.arange(x.size).reshape(x.shape), np.arange(x.size).reshape(x.shape)[where]), np.nan, x)
+    x = x.copy()
+    x[where] = np.nan
+    return x
 
 def ptseries(path):
     """X as CIFTI, its parcels from the last to the first."""
@@ -1698,7 +1700,7 @@ TIME, WHOLE = np.arange(40.)[:, None], np.arange(160).reshape(40, 4) * 7 % 23
 GAPS = X * [1, 0, 1, 1]
 GAPS[:3], GAPS[9] = GAPS[3], (GAPS[8] + GAPS[10]) / 2
 ONE, TWO, THREE = (f"sub-0{k}/func/sub-0{k}_task-rest_timeseries.tsv" for k in (1, 2, 3))
-LATER = "sub-01/ses-2/sub-01_ses-2_timeseries.tsv"
+EARLIER, LATER = (f"sub-01/ses-{k}/sub-01_ses-{k}_timeseries.npy" for k in (1, 2))
 ATLAS = "index,ROI Name,R,A,S\n11,a,1,2,3\n12,b,4,5,6\n13,c,7,8,9\n14,d,-1,-2,-3\n"
 NAMELESS = "x,y,z\n1,2,3\n4,5,6\n7,8,9\n-1,-2,-3\n"
 PEOPLE = "participant_id\tage\tborn\nsub-01\t21\t1999-12-31\n02\tn/a\tn/a\n"
@@ -1706,8 +1708,9 @@ EXCEL = "participant_id;age;town\n1;21,5;K\u00f6ln\nsub-02;70;n/a\n"
 
 def lab(folder, changes):
     """A folder as XCP-D leaves it, with some files added or changed; the flags that read it."""
-    for name, content in ({ONE: cells(X), TWO: cells(Y), THREE: cells(Z), "coords.csv": ATLAS,
-                           "participants.tsv": PEOPLE, "sub-01/motion.tsv": "fd\n0.1\n"} | changes).items():
+    files = {ONE: cells(X), TWO: cells(Y), THREE: cells(Z), "coords.csv": ATLAS,
+             "participants.tsv": PEOPLE, "sub-01/motion.tsv": "fd\n0.1\n"}
+    for name, content in (files | changes).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, np.ndarray):
             np.save(folder / name, content)
@@ -1716,8 +1719,8 @@ def lab(folder, changes):
         else:
             (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return ["--source", "files", "--input_dir", str(folder), "--output_dir", str(folder / "data"),
-            "--coords", str(folder / "coords.csv"), "--participants", str(folder / "participants.tsv"),
-            "--min_timepoints", "20", "--pattern", "*timeseries*"]
+            "--coords", str(folder / "coords.csv"), "--min_timepoints", "20",
+            "--participants", str(folder / "participants.tsv"), "--pattern", "*timeseries*"]
 
 def files_here(line, monkeypatch):
     """sample_data.py with these flags: exit status and what it printed."""
@@ -1729,61 +1732,62 @@ def files_here(line, monkeypatch):
             return end.code, out.getvalue()
     return 0, out.getvalue()
 
+SERIES_RIGHT = {    # sub-01's file; what is told; what comes of it
+    "rows and a column missing": (cells(lacking(lacking(X, [0, 1, 2, 9]), slice(None), 1)),
+                                  "4 of 40 timepoints .*interpolated\n.*parcels 1 lack", GAPS),
+    "half missing": (cells(lacking(X, slice(1, 40, 2))), "20 of 40 .*interpolated", np.stack(
+        [np.interp(TIME[:, 0], TIME[::2, 0], x[::2]) for x in X.T], axis=1)),
+    "most missing": (cells(lacking(X, slice(21))), "21 of 40 .*left out.*2 of them are used", None),
+    "short": (cells(X[:19]), "1 are shorter than --min_timepoints 20, of 19 to 19", None),
+    "spikes": (cells(np.where(TIME == 5, X[5] + 1000, X)), "note: .*4 values are spikes",
+               np.where(TIME == 5, X[5] + 1000, X)),
+    "other order": (cells(X[:, ::-1], "dcba"), "", X),
+    "ids": (cells(WHOLE[:, ::-1], ["14", "13", "12", "11"]), "", WHOLE),
+    "no names": (cells(X, ""), "", X),
+    "counted": (cells(X, "0123"), "", X),
+    "index": (cells(np.c_[TIME, X], ["", *"abcd"]), "", X),
+    "index without a name": (cells(np.c_[TIME, X], ""), "", X),
+    "decimal commas": (cells(X, sep=";").replace(".", ","), "", X)}
+FORMATS = {"sub-04_ts.CSV": cells(X, sep=", "), "sub-05_ts.txt": cells(X, "", "  "),
+           "sub-06_ts.1D": "# AFNI\n" + cells(X, "", " "), "sub-07_ts.npy": X,
+           "sub-08_ts.tsv.gz": gzip.compress(cells(X).encode())}
+WHOLES, NAMED = ({name: cells(WHOLE, names) for name in (ONE, TWO, THREE)} for names in ("", "3127"))
 RIGHT = {   # files changed, more flags, what is told, and what comes of it: recordings and columns
-    "as it is": ({}, ["--tr", "2"], "3 people .sub-01, .*1 of 3 rec.*0 of 2 people", {
+    "all": ({}, ["--tr", "2"], "3 people .sub-01, .*1 of 3 rec.*0 of 2 people", {
         ONE: X, TWO: Y, THREE: Z, "Y": [2, 5, 8, -2], "Label": [*"abcd"], "TR": {ONE: 2, TWO: 2},
         "age": {ONE: 21, TWO: None, THREE: None}, "born": {ONE: "1999-12-31", TWO: None}}),
-    "rows and a column missing": (
-        {ONE: cells(lacking(lacking(X, [0, 1, 2, 9]), slice(None), 1))}, [],
-        "4 of 40 timepoints .*interpolated\n.*parcels 1 lack", {ONE: GAPS}),
-    "most rows missing": ({ONE: cells(lacking(X, slice(21)))}, [], "21 of 40 .*left out", {TWO: Y}),
-    "half of them": ({ONE: cells(lacking(X, slice(1, 40, 2)))}, [], "20 of 40 .*interpolated", {
-        ONE: np.stack([np.interp(TIME[:, 0], TIME[::2, 0], x[::2]) for x in X.T], axis=1)}),
-    "names in another order": ({ONE: cells(X[:, ::-1], "dcba")}, [], "", {ONE: X}),
-    "ids in another order": ({ONE: cells(WHOLE[:, ::-1], ["14", "13", "12", "11"])}, [], "", {ONE: WHOLE}),
-    "no names": ({ONE: cells(X, "")}, [], "", {ONE: X}),
-    "ids and an atlas without": (
-        {name: cells(x, "3127") for name, x in ((ONE, X), (TWO, Y), (THREE, Z))}
-        | {"coords.csv": NAMELESS}, [], "", {ONE: X, "Z": [3, 6, 9, -3]}),
-    "whole numbers are values": ({name: cells(WHOLE, "") for name in (ONE, TWO, THREE)},
-                                 ["--header", "no"], "", {ONE: WHOLE}),
-    "whole numbers under names": ({name: cells(WHOLE, "3127") for name in (ONE, TWO, THREE)}
-                                  | {"coords.csv": NAMELESS}, ["--header", "yes"], "", {ONE: WHOLE}),
-    "an index of pandas": ({ONE: cells(np.c_[TIME, X], ["", *"abcd"]), TWO: cells(np.c_[TIME, Y], ""),
-                            THREE: cells(Z, "0123")}, [], "", {ONE: X, TWO: Y, THREE: Z}),
-    "formats": ({"sub-04_timeseries.CSV": cells(X, sep=", "), "sub-05_timeseries.txt": cells(X, "", "  "),
-                 "sub-06_timeseries.1D": "# AFNI\n" + cells(X, "", " "), "sub-07_timeseries.npy": X,
-                 "sub-08_timeseries.tsv.gz": gzip.compress(cells(X).encode()), "timeseries.json": "{}"},
-                [], "1 files are left out, .*timeseries.json",
-                {f"sub-0{k}_timeseries.{end}": X for k, end in zip(itertools.count(4), (
-                    "CSV", "txt", "1D", "npy", "tsv.gz"))}),
-    "cifti": ({"sub-04_timeseries.ptseries.nii": ptseries}, [], "", {"sub-04_timeseries.ptseries.nii": X}),
-    "decimal commas": ({ONE: cells(X, sep=";").replace(".", ","), "coords.csv":
-                        "label;x;y;z\r\na;1,5;2;3\r\nb;4;5;6\r\nc;7;8;9\r\nd;-1;-2;-3\r\n"}, [], "",
-                       {ONE: X, "X": [1.5, 4, 7, -1]}),
+    **{what: ({ONE: content}, [], told, {TWO: Y} | ({} if series is None else {ONE: series}))
+       for what, (content, told, series) in SERIES_RIGHT.items()},
+    "ids and an atlas without": ({name: cells(X, "3127") for name in (ONE, TWO, THREE)}
+                                 | {"coords.csv": NAMELESS}, [], "", {ONE: X, "Z": [3, 6, 9, -3]}),
+    "whole numbers": (WHOLES, ["--header", "no"], "", {ONE: WHOLE}),
+    "named": (NAMED | {"coords.csv": NAMELESS}, ["--header", "yes"], "", {ONE: WHOLE}),
+    "formats": (FORMATS | {"ts.json": "{}"}, ["--pattern", "*ts*"],
+                "1 files are left out, .*ts.json", dict.fromkeys(FORMATS, X)),
+    "cifti": ({"sub-04_timeseries.ptseries.nii": ptseries}, [], "", {
+        "sub-04_timeseries.ptseries.nii": X}),
     "hidden files and links": (
         {".ipynb_checkpoints/sub-01_timeseries.tsv": "", "sub-01/._sub-01_timeseries.tsv": b"\0",
-         ".store/func/sub-04_timeseries.TSV": cells(X), "sub-04": lambda path: path.symlink_to(".store"),
+         ".store/func/sub-04_timeseries.TSV": cells(X),
+         "sub-04": lambda path: path.symlink_to(".store"),
          "sub-01/all": lambda path: path.symlink_to("..")},
-        ["--pattern", "sub-*/**/*timeseries.tsv"], "4 files fit", {"sub-04/func/sub-04_timeseries.TSV": X}),
-    "spikes": ({ONE: cells(np.where(TIME == 5, 1000, X))}, [], "note: .*4 values are spikes", {TWO: Y}),
-    "short": ({ONE: cells(X[:19])}, [], "1 are shorter than --min_timepoints 20, of 19 to 19", {TWO: Y}),
+        ["--pattern", "sub-*/**/*timeseries.tsv"], "4 files fit", {
+            "sub-04/func/sub-04_timeseries.TSV": X}),
     "people by a pattern": (
-        {"participants.tsv": "participant_id\nA_1\n", "100307/rest_1/a_timeseries.npy": X, "A_1/a_timeseries.npy": X, "A_2/a_timeseries.npy": X},
-        ["--subject_pattern", "^([^/]+)/.*a_", "--pattern", "*/a_timeseries*"],
-        "note: .* 3 people in 3 files",
-        {"Subject": {"100307/rest_1/a_timeseries.npy": "100307", "A_1/a_timeseries.npy": "A_1"}}),
-    "sessions": ({LATER: cells(X), "participants.tsv": "participant_id\tsession_id\tage\n"
-                  "01\tses-1\t21\n01\t2\t22\n02\tn/a\t30\n", ONE: "", "sub-01/ses-01/sub-01_ses-01_timeseries.npy": X,
-                  }, ["--pattern", "*[2-9]_*timeseries*"], "", {"age": {LATER: 22, TWO: 30}}),
+        {"participants.tsv": "participant_id\nA_1\n", "100307/rest_1/a_ts.npy": X, "A_1/a_ts.npy": X},
+        ["--subject_pattern", "^([^/]+)/.*a_", "--pattern", "*/a_ts*"], "note: .* 2 people in 2",
+        {"Subject": {"100307/rest_1/a_ts.npy": "100307", "A_1/a_ts.npy": "A_1"}}),
+    "sessions": (
+        {EARLIER: X, LATER: X, "participants.tsv": "participant_id\tsession_id\tage\n"
+         "01\tses-1\t21\n01\t2\t22\n02\tn/a\t30\n"}, ["--pattern", "*[12]_[^a]*timeseries*"],
+        "", {"age": {EARLIER: 21, LATER: 22, TWO: 30}}),
     **{f"participants in {code}": ({"participants.tsv": EXCEL.encode(code)}, [], "", {
         "age": {ONE: 21.5, TWO: 70, THREE: None}, "town": {ONE: "K\u00f6ln", TWO: None}})
        for code in ("utf-8", "utf-8-sig", "utf-16", "latin-1")},
-    "both systems": ({"coords.csv": "MNI_X,y_mni,Z,R,A,S\n1,2,3,,,\n4,5,6,,,\n7,8,9,,,\n-1,-2,-3,,,\n"}, [],
-                     "note: .*coords.csv: x, y, z are read", {"X": [1, 4, 7, -1]}),
-    "a column called s": ({"coords.csv": NAMELESS.replace("z\n", "z,s\n").replace("3\n", "3,7\n", 1)
-                           .replace("6\n", "6,8\n").replace("9\n", "9,8\n").replace("-3\n", "-3,8\n")}, [],
-                          "", {"Z": [3, 6, 9, -3]}),
+    "both systems": ({"coords.csv": "MNI_X,y_mni,Z,R,A,S\n" + 4 * "-1,2,3,7,8,9\n"}, [],
+                     "note: .*coords.csv: x, y, z are read", {"X": [-1] * 4}),
+    "called s": ({"coords.csv": "x,y,z,s\n" + 4 * "-1,2,3,7\n"}, [], "", {"Z": [3] * 4}),
+    "commas": ({"coords.csv": "x;y;z\n" + 4 * "-1,5;2;3\n"}, [], "", {"X": [-1.5] * 4}),
 }
 
 @pytest.mark.parametrize("changes, flags, told, expected", RIGHT.values(), ids=RIGHT)
@@ -1791,7 +1795,8 @@ def test_files_of_a_lab_come_out_right(tmp_path, monkeypatch, changes, flags, to
     pytest.importorskip("pandas")
     code, printed = files_here([*lab(tmp_path, changes), *flags], monkeypatch)
     assert code == 0 and re.search(told, printed, re.DOTALL), printed
-    splits = [brainlm.read_arrow(tmp_path / "data" / split).to_pylist() for split in ("train", "val")]
+    splits = [brainlm.read_arrow(tmp_path / "data" / split).to_pylist()
+              for split in ("train", "val")]
     rows = {str(Path(row["File"]).relative_to(tmp_path)): row for row in sum(splits, [])}
     assert not {row["Subject"] for row in splits[0]} & {row["Subject"] for row in splits[1]}
     for name, value in expected.items():
@@ -1802,75 +1807,86 @@ def test_files_of_a_lab_come_out_right(tmp_path, monkeypatch, changes, flags, to
         else:
             assert np.array_equal(rows[name][RECORDING_COL], robust_scale(value, nan="zero"))
 
-def changed(text, old, new):
-    assert old in text
-    return text.replace(old, new, 1)
+SERIES_FAULTS = {   # what the line says of sub-01's file, and what is in it
+    "no timepoints": "a\tb\tc\td\n",
+    "no rows": "",
+    "row 2, column b: 'x', need numbers or n/a": "a\tb\tc\td\n1.5\tx\t2\t3\n",
+    "row 3 has fewer cells": cells(X[:1]) + "1\t2\t3\n",
+    "Expected 4 fields in line 3, saw 5": cells(X[:1]) + "1\t2\t3\t4\t5\n",
+    "timepoint 6, column 1 is 1e.30": cells(np.where(TIME == 5, 1e30, X)),
+    "no parcel varies": cells(0 * X),
+    "row 1 is 0, 7, 14 ...: values or names. --header yes or no": cells(WHOLE, ""),
+    "parcels .*without a column: a; .*no parcel there: 0.3": cells(X, ["0.3", *"bcd"]),
+    "parcels .*without a column: a; .*no parcel there: Par_a": cells(X, ["Par_a", *"bcd"]),
+    "parcels .*without a column: d; .*no parcel there: none": cells(X[:, :3], "abc"),
+    "parcels .*without a column: none; .*no parcel there: fd": cells(
+        np.c_[X, X[:, 0]], [*"abcd", "fd"]),
+    "parcels .*without a column: none; .*no parcel there: a": cells(np.c_[X, X[:, 0]], "abcda"),
+    "5 columns for 4 parcels": cells(np.c_[X, X[:, 0]], ""),
+    "4 rows of 40 for 4 parcels: transposed": cells(X.T, ""),
+    "4 rows of 41 for 4 parcels: transposed": "".join(
+        f"{name}\t{row}" for name, row in zip("abcd", cells(X.T, "").splitlines(True)))}
+COORDS_FAULTS = {
+    "row 4: R, A, S are .7.0, nan, 9.0": ATLAS.replace("8", ""),
+    "need one column .* columns are index, ROI Name, i, j, s": ATLAS.replace("R,A,S", "i,j,s"),
+    "need one column .* columns are x, y, z, x_mni": "x,y,z,x_mni\n1,2,3,-4\n",
+    "row 4, column S: '9mm', need": ATLAS.replace("9", "9mm"),
+    "row 2: R, A, S are .1.0, 2.0, 3.0.: need MNI mm": ATLAS.replace("-", ""),
+    "row 2: x, y, z are .0.01, 0.02, 0.03.: need MNI mm": "x,y,z\n.01,.02,.03\n-.01,-.02,-.03\n",
+    "row 3: x, y, z are .4.0, 500.0, 6.0.: need MNI mm": NAMELESS.replace("5", "500"),
+    "row 2, column x: '1,234', need": "x;y;z\n1,234;2;3\n-1;-2;-3\n",
+    "column ROI Name: a names 2 parcels": ATLAS.replace("b", "a")}
+PEOPLE_FAULTS = {
+    "3 of 3 .*participant_id is A1": "participant_id\tage\nA1\t30\n",
+    "need a column participant_id.*found id, age": "id\tage\n01\t3\n",
+    "need a column .* none named Subject": "participant_id\tSubject\n01\t3\n",
+    "row 3 lacks participant_id": "participant_id\tage\n01\t3\nn/a\t4\n",
+    "column 'age' stands there 2 times": "participant_id\tage\tage\n01\t3\t4\n"}
+FILES_FAULTS = {    # what the line says, and a file more
+    "sub-00_timeseries.npy: .*pickle": np.array([{}]),
+    "sub-00_timeseries.npy: complex128 of shape": X + 1j,
+    "sub-04_timeseries.npy: 4 rows of 40 for 4 parcels: transposed": X.T,
+    "sub-00_timeseries.tsv.gz: a pointer of git-annex": "/annex/objects/MD5E-s12--1",
+    "sub-00_timeseries.npy: a pointer .*git-lfs": "version https://git-lfs.github.com/spec/v1\n",
+    "sub-00_timeseries.tsv: a pointer of": lambda path: path.symlink_to(".git/annex/objects/x"),
+    "sub-01/sub-02_timeseries.npy: who is it.*--subject_pattern": X,
+    "sub-01_sub-02_timeseries.npy: who is it": X,
+    "ses-1/sub-01_ses-2_timeseries.npy: who is it": X,
+    "sub-NYU_00500_timeseries.npy: who is it.*--subject_pattern .* for sub-NYU_00500": X,
+    "sub-NYU_timeseries_00500.npy: who is it": X,
+    "100307/timeseries.npy: who is it.* for 100307": X}
+WRONG = [
+    *(({ONE: content}, [], f"{ONE}: {told}") for told, content in SERIES_FAULTS.items()),
+    *(({"coords.csv": text}, [], f"coords.csv: {told}") for told, text in COORDS_FAULTS.items()),
+    *(({"participants.tsv": text}, [], f"participants.tsv: {told}")
+      for told, text in PEOPLE_FAULTS.items()),
+    *(({told.split(": ")[0]: content}, [], told) for told, content in FILES_FAULTS.items()),
+    ({"sub-1_timeseries.npy": X}, [], "sub-01 and sub-1: one person or two"),
+    ({"participants.tsv": "participant_id\tage\n01\t21\n01\t22\n"}, [],
+     f"{ONE}: age .* is 21.0 and 22.0: session_id"),
+    ({ONE: cells(X, "bacd"), "coords.csv": NAMELESS}, [],
+     f"{TWO}: columns are named a, b, c ..., in .*{ONE} b, a, c"),
+    ({ONE: cells(X, ""), "coords.csv": NAMELESS}, [], f"{TWO}: columns .*, in .*{ONE} none"),
+    ({"a.mat": ""}, ["--pattern=*.mat"], ".tsv .csv .txt .1D .npy .ptseries.nii.*: there is a.mat"),
+    *(({}, flags.split(), told) for flags, told in {
+        "--pattern *.nii": "--pattern '.*.nii' .*: there is sub-01_task.*tsv, motion.tsv, sub-02",
+        "--pattern sub-01*series.tsv": "1 files .* of 1 people .sub-01.: need two people",
+        "--min_timepoints 41": "3 are shorter than --min_timepoints 41, of 40 to 40 timepoints",
+        "--min_timepoints 19": "--min_timepoints is 19: less than 20",
+        "--val_share 1.5": "--val_share is 1.5: not between 0 and 1",
+        "--tr -1": "--tr is -1.0",
+        "--coords nowhere.csv": "nowhere.csv: .*No such file",
+        "--subject_pattern sub-": "--subject_pattern sub-: .*one group",
+        "--subject_pattern (a": "--subject_pattern .a: ",
+        "--subject_pattern sub-(02)": f"{ONE}: who is it.*now sub-.02"}.items())]
 
-WRONG = {   # files changed, more flags, and what the one line says
-    "no file": ({}, ["--pattern", "*.nii"], "--pattern '\\*.nii' .*: there is sub-01_task.*tsv, motion.tsv, sub"),
-    "another format": ({"a.mat": ""}, ["--pattern", "*.mat"], ".tsv .csv .txt .1D .npy .ptseries.nii.*: there is a.mat"),
-    "one person": ({}, ["--pattern", "sub-01*series.tsv"], "1 files .* of 1 people .sub-01.: need two people"),
-    "too short": ({}, ["--min_timepoints", "41"], "3 are shorter than --min_timepoints 41, of 40 to 40 timep"),
-    "least": ({}, ["--min_timepoints", "19"], "--min_timepoints is 19: less than 20"),
-    "no share": ({}, ["--val_share", "1.5"], "--val_share is 1.5: not between 0 and 1"),
-    "no time": ({}, ["--tr", "-1"], "--tr is -1.0"),
-    "no rows": ({ONE: "a\tb\tc\td\n"}, [], f"{ONE}: no timepoints"),
-    "empty": ({ONE: ""}, [], f"{ONE}: no rows"),
-    "a word": ({ONE: changed(cells(X), "d\n", "d\n1\tx\t2\t3\n")}, [], f"{ONE}: row 2, column b: 'x', need numbers or n/a"),
-    "ragged": ({ONE: changed(cells(X), "d\n", "d\n1\t2\t3\n")}, [], f"{ONE}: row 2 has fewer cells"),
-    "too long": ({ONE: changed(cells(X), "d\n", "d\n1\t2\t3\t4\t5\n")}, [], f"{ONE}: Expected 4 fields in line 2, saw 5"),
-    "large": ({ONE: cells(np.where(TIME == 5, 1e30, X))}, [], f"{ONE}: timepoint 6, column 1 is 1e.30"),
-    "flat": ({ONE: cells(0 * X)}, [], f"{ONE}: no parcel varies"),
-    "whole numbers": ({ONE: cells(WHOLE, "")}, [], f"{ONE}: row 1 is 0, 7, 14 ...: .*--header yes or no"),
-    "half a header": ({ONE: cells(X, ["0.3", *"bcd"])}, [], f"{ONE}: .*without a column: a; .*no parcel there: 0.3"),
-    "prefixes": ({ONE: cells(X, ["Par_a", *"bcd"])}, [], f"{ONE}: .*without a column: a; .*there: Par_a"),
-    "too few": ({ONE: cells(X[:, :3], "abc")}, [], f"{ONE}: .*without a column: d; .*there: none"),
-    "too many": ({ONE: cells(np.c_[X, X[:, 0]], [*"abcd", "fd"])}, [], "column: none; .*no parcel there: fd"),
-    "twice": ({ONE: cells(np.c_[X, X[:, 0]], "abcda")}, [], f"{ONE}: .*no parcel there: a"),
-    "too many without names": ({ONE: cells(np.c_[X, X[:, 0]], "")}, [], f"{ONE}: 5 columns for 4 parcels"),
-    "two orders": ({ONE: cells(X, "bacd"), "coords.csv": NAMELESS}, [],
-                   f"{TWO}: columns are named a, b, c ..., in .*{ONE} b, a, c"),
-    "names for some": ({ONE: cells(X, ""), "coords.csv": NAMELESS}, [], f"{TWO}: .*, in .*{ONE} none"),
-    "transposed": ({ONE: cells(X.T, "")}, [], f"{ONE}: 4 rows of 40 for 4 parcels: transposed"),
-    "transposed, npy": ({"sub-04_timeseries.npy": X.T}, [], "sub-04_timeseries.npy: 4 rows .*transposed"),
-    "transposed, named": ({ONE: "".join(f"{name}\t{row}" for name, row in zip(
-        "abcd", cells(X.T, "").splitlines(True)))}, [], f"{ONE}: 4 rows of 41 .*transposed"),
-    "pickle": ({"sub-00_timeseries.npy": np.array([{}])}, [], "sub-00_.*npy: .*pickle"),
-    "complex": ({"sub-00_timeseries.npy": X + 1j}, [], "sub-00_.*npy: complex128"),
-    "annex": ({"sub-00_timeseries.tsv.gz": "/annex/objects/MD5E-s12--1"}, [], "sub-00_.*gz: a pointer of git-annex"),
-    "lfs": ({"sub-00_timeseries.npy": "version https://git-lfs.github.com/spec/v1\n"}, [], "a pointer .*git-lfs"),
-    "annex, locked": ({"sub-00_timeseries.tsv": lambda path: path.symlink_to(".git/annex/objects/x")}, [],
-                      "sub-00_timeseries.tsv: a pointer of git-annex"),
-    "two in a path": ({"sub-01/sub-02_timeseries.npy": X}, [], "sub-01/sub-02_timeseries.npy: who is it.*--subject_pattern"),
-    "underscores": ({"sub-NYU_0050003_task-rest_timeseries.npy": X}, [],
-                    "sub-NYU_0050003_.*: who is it.*--subject_pattern.* for sub-NYU_0050003"),
-    "an underscore": ({"sub-NYU_0050003.npy": X}, ["--pattern", "*.npy"], "who is it"),
-    "nobody": ({"100307/timeseries.npy": X}, [], "100307/timeseries.npy: who is it.*for 100307"),
-    "no group": ({}, ["--subject_pattern", "sub-"], "--subject_pattern sub-: .*one group"),
-    "no pattern": ({}, ["--subject_pattern", "(a"], "--subject_pattern .a: "),
-    "no match": ({}, ["--subject_pattern", "sub-(02)"], f"{ONE}: who is it.*now sub-.02"),
-    "zeros": ({"sub-1_timeseries.npy": X}, [], "sub-01 and sub-1: one person or two"),
-    "sessions": ({"participants.tsv": "participant_id\tage\n01\t21\n01\t22\n"}, [], f"{ONE}: age .* is 21.0 and 22.0: session_id"),
-    "strangers": ({"participants.tsv": "participant_id\tage\nA1\t30\n"}, [], "participants.tsv: 3 of 3 .*participant_id is A1"),
-    "no ids": ({"participants.tsv": "id\tage\n01\t3\n"}, [], "participants.tsv: need a column participant_id.*found id, age"),
-    "no id": ({"participants.tsv": "participant_id\tage\n01\t3\nn/a\t4\n"}, [], "participants.tsv: row 3 lacks"),
-    "a column twice": ({"participants.tsv": "participant_id\tage\tage\n01\t3\t4\n"}, [], "column 'age' stands there 2 times"),
-    "a place missing": ({"coords.csv": changed(ATLAS, "8", "")}, [], "coords.csv: row 4: R, A, S are .7.0, nan, 9.0"),
-    "no places": ({"coords.csv": changed(ATLAS, "R,A,S", "i,j,s")}, [], "coords.csv: .* columns are index, ROI Name, i, j, s"),
-    "a place": ({"coords.csv": changed(ATLAS, "7,8,9", "7,8,9mm")}, [], "coords.csv: row 4, column S: '9mm', need"),
-    "voxels": ({"coords.csv": changed(ATLAS, "-1,-2,-3", "1,2,3")}, [], "coords.csv: row 2: R, A, S are .1.0, 2.0, 3.0.: need MNI"),
-    "metres": ({"coords.csv": "x,y,z\n.01,.02,.03\n.04,.05,.06\n.07,.08,.09\n-.01,-.02,-.03\n"}, [],
-               "coords.csv: row 2: x, y, z are .*: need MNI"),
-    "thousands": ({"coords.csv": 'x;y;z\n1,234;2;3\n4;5;6\n7;8;9\n-1;-2;-3\n'}, [], "row 2, column x: '1,234', need"),
-    "a label twice": ({"coords.csv": changed(ATLAS, "b", "a")}, [], "coords.csv: column ROI Name: a names 2 parcels"),
-    "no coords": ({}, ["--coords", "nowhere.csv"], "nowhere.csv: .*No such file"),
-}
-
-@pytest.mark.parametrize("changes, flags, told", WRONG.values(), ids=WRONG)
-def test_a_fault_in_files_of_a_lab_is_one_line_that_names_it(tmp_path, monkeypatch, changes, flags, told):
+@pytest.mark.parametrize("changes, flags, told", WRONG, ids=[told for *_, told in WRONG])
+def test_a_fault_in_files_of_a_lab_is_one_line_that_names_it(
+        tmp_path, monkeypatch, changes, flags, told):
     pytest.importorskip("pandas")
     code, printed = files_here([*lab(tmp_path, changes), *flags], monkeypatch)
-    assert code == 2 and re.fullmatch(f"sample_data.py: .*{told}.*", printed.splitlines()[-1]), printed
+    last = printed.splitlines()[-1]
+    assert code == 2 and re.fullmatch(f"sample_data.py: .*{told}.*", last), printed
     assert not (tmp_path / "data").exists()
 
 def test_the_printed_command_runs_in_a_shell_in_a_folder_with_a_space_and_an_umlaut(tmp_path):
