@@ -1682,11 +1682,6 @@ def cells(x, names="abcd", sep="\t"):
     rows = [["n/a" if value != value else str(value) for value in row] for row in x]
     return "".join(sep.join(row) + "\n" for row in [[*names]] * bool(names) + rows)
 
-def lacking(x, *where):
-    x = x.copy()
-    x[where] = np.nan
-    return x
-
 def ptseries(path):
     """X as CIFTI, its parcels from the last to the first."""
     cifti2 = pytest.importorskip("nibabel").cifti2
@@ -1697,10 +1692,11 @@ def ptseries(path):
 
 X, Y, Z = (np.round(np.float64(numbers(40, 4, seed=k)), 3) for k in range(3))
 TIME, WHOLE = np.arange(40.)[:, None], np.arange(160).reshape(40, 4) * 7 % 23
-GAPS = X * [1, 0, 1, 1]
+GAPS, MORE = X * [1, 0, 1, 1], np.c_[X, X[:, 0]]
 GAPS[:3], GAPS[9] = GAPS[3], (GAPS[8] + GAPS[10]) / 2
-ONE, TWO, THREE = (f"sub-0{k}/func/sub-0{k}_task-rest_timeseries.tsv" for k in (1, 2, 3))
-EARLIER, LATER = (f"sub-01/ses-{k}/sub-01_ses-{k}_timeseries.npy" for k in (1, 2))
+ALL = [f"sub-0{k}/func/sub-0{k}_task-rest_timeseries.tsv" for k in (1, 2, 3)]
+ONE, TWO, THREE = ALL
+EARLIER, LATER = (f"sub-01/ses-{k}/sub-01_ses-{k}_ts.npy" for k in (1, 2))
 ATLAS = "index,ROI Name,R,A,S\n11,a,1,2,3\n12,b,4,5,6\n13,c,7,8,9\n14,d,-1,-2,-3\n"
 NAMELESS = "x,y,z\n1,2,3\n4,5,6\n7,8,9\n-1,-2,-3\n"
 PEOPLE = "participant_id\tage\tborn\nsub-01\t21\t1999-12-31\n02\tn/a\tn/a\n"
@@ -1710,14 +1706,10 @@ def lab(folder, changes):
     """A folder as XCP-D leaves it, with some files added or changed; the flags that read it."""
     files = {ONE: cells(X), TWO: cells(Y), THREE: cells(Z), "coords.csv": ATLAS,
              "participants.tsv": PEOPLE, "sub-01/motion.tsv": "fd\n0.1\n"}
+    write = {str: Path.write_text, bytes: Path.write_bytes, np.ndarray: np.save}
     for name, content in (files | changes).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, np.ndarray):
-            np.save(folder / name, content)
-        elif callable(content):
-            content(folder / name)
-        else:
-            (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        write.get(type(content), lambda path, make: make(path))(folder / name, content)
     return ["--source", "files", "--input_dir", str(folder), "--output_dir", str(folder / "data"),
             "--coords", str(folder / "coords.csv"), "--min_timepoints", "20",
             "--participants", str(folder / "participants.tsv"), "--pattern", "*timeseries*"]
@@ -1733,59 +1725,56 @@ def files_here(line, monkeypatch):
     return 0, out.getvalue()
 
 SERIES_RIGHT = {    # sub-01's file; what is told; what comes of it
-    "rows and a column missing": (cells(lacking(lacking(X, [0, 1, 2, 9]), slice(None), 1)),
-                                  "4 of 40 timepoints .*interpolated\n.*parcels 1 lack", GAPS),
-    "half missing": (cells(lacking(X, slice(1, 40, 2))), "20 of 40 .*interpolated", np.stack(
-        [np.interp(TIME[:, 0], TIME[::2, 0], x[::2]) for x in X.T], axis=1)),
-    "most missing": (cells(lacking(X, slice(21))), "21 of 40 .*left out.*2 of them are used", None),
+    "gaps": (cells(np.where(np.isin(TIME, [0, 1, 2, 9]), np.nan, X) * [1, np.nan, 1, 1]),
+             "4 of 40 timepoints .*interpolated\n.*parcels 1 lack", GAPS),
+    "half": (cells(np.where(TIME < 20, np.nan, X)), "20 of 40 .*interpolated",
+             np.where(TIME < 20, X[20], X)),
+    "most missing": (cells(np.where(TIME < 21, np.nan, X)), "21 of 40 .*out.*2 of them are", None),
     "short": (cells(X[:19]), "1 are shorter than --min_timepoints 20, of 19 to 19", None),
-    "spikes": (cells(np.where(TIME == 5, X[5] + 1000, X)), "note: .*4 values are spikes",
-               np.where(TIME == 5, X[5] + 1000, X)),
+    "spikes": (cells(X + 1000 * (TIME == 5)), "note: .*4 values are", X + 1000 * (TIME == 5)),
     "other order": (cells(X[:, ::-1], "dcba"), "", X),
-    "ids": (cells(WHOLE[:, ::-1], ["14", "13", "12", "11"]), "", WHOLE),
+    "ids of the atlas": (cells(WHOLE[:, ::-1], ["14", "13", "12", "11"]), "", WHOLE),
     "no names": (cells(X, ""), "", X),
     "counted": (cells(X, "0123"), "", X),
     "index": (cells(np.c_[TIME, X], ["", *"abcd"]), "", X),
     "index without a name": (cells(np.c_[TIME, X], ""), "", X),
     "decimal commas": (cells(X, sep=";").replace(".", ","), "", X)}
-FORMATS = {"sub-04_ts.CSV": cells(X, sep=", "), "sub-05_ts.txt": cells(X, "", "  "),
-           "sub-06_ts.1D": "# AFNI\n" + cells(X, "", " "), "sub-07_ts.npy": X,
-           "sub-08_ts.tsv.gz": gzip.compress(cells(X).encode())}
-WHOLES, NAMED = ({name: cells(WHOLE, names) for name in (ONE, TWO, THREE)} for names in ("", "3127"))
+FORMATS = {"sub-01_ts.CSV": cells(X, sep=", "), "sub-02_ts.txt": cells(X, "", "  "),
+           "sub-03_ts.1D": "# AFNI\n" + cells(X, "", " "), "sub-04_ts.npy": X,
+           "sub-05_ts.tsv.gz": gzip.compress(cells(X).encode())}
 RIGHT = {   # files changed, more flags, what is told, and what comes of it: recordings and columns
     "all": ({}, ["--tr", "2"], "3 people .sub-01, .*1 of 3 rec.*0 of 2 people", {
         ONE: X, TWO: Y, THREE: Z, "Y": [2, 5, 8, -2], "Label": [*"abcd"], "TR": {ONE: 2, TWO: 2},
         "age": {ONE: 21, TWO: None, THREE: None}, "born": {ONE: "1999-12-31", TWO: None}}),
     **{what: ({ONE: content}, [], told, {TWO: Y} | ({} if series is None else {ONE: series}))
        for what, (content, told, series) in SERIES_RIGHT.items()},
-    "ids and an atlas without": ({name: cells(X, "3127") for name in (ONE, TWO, THREE)}
-                                 | {"coords.csv": NAMELESS}, [], "", {ONE: X, "Z": [3, 6, 9, -3]}),
-    "whole numbers": (WHOLES, ["--header", "no"], "", {ONE: WHOLE}),
-    "named": (NAMED | {"coords.csv": NAMELESS}, ["--header", "yes"], "", {ONE: WHOLE}),
-    "formats": (FORMATS | {"ts.json": "{}"}, ["--pattern", "*ts*"],
-                "1 files are left out, .*ts.json", dict.fromkeys(FORMATS, X)),
-    "cifti": ({"sub-04_timeseries.ptseries.nii": ptseries}, [], "", {
-        "sub-04_timeseries.ptseries.nii": X}),
+    "ids": (dict.fromkeys(ALL, cells(X, "3127")) | {"coords.csv": NAMELESS}, [], "", {ONE: X}),
+    "values": (dict.fromkeys(ALL, cells(WHOLE, "")), ["--header", "no"], "", {ONE: WHOLE}),
+    "names": (dict.fromkeys(ALL, cells(WHOLE, "3127")) | {"coords.csv": NAMELESS},
+              ["--header", "yes"], "", {ONE: WHOLE}),
+    "formats": (FORMATS | {"a_ts.json": "{}"}, ["--pattern", "*_ts*"],
+                "1 files are left out, .*a_ts.json", dict.fromkeys(FORMATS, X)),
+    "cifti": ({"sub-04_timeseries.ptseries.nii": ptseries}, [], "",
+              {"sub-04_timeseries.ptseries.nii": X}),
     "hidden files and links": (
         {".ipynb_checkpoints/sub-01_timeseries.tsv": "", "sub-01/._sub-01_timeseries.tsv": b"\0",
          ".store/func/sub-04_timeseries.TSV": cells(X),
-         "sub-04": lambda path: path.symlink_to(".store"),
-         "sub-01/all": lambda path: path.symlink_to("..")},
-        ["--pattern", "sub-*/**/*timeseries.tsv"], "4 files fit", {
-            "sub-04/func/sub-04_timeseries.TSV": X}),
+         "sub-04": partial(os.symlink, ".store"), "sub-01/all": partial(os.symlink, "..")},
+        ["--pattern", "sub-*/**/func/*timeseries.tsv"], "4 files fit",
+        {"sub-04/func/sub-04_timeseries.TSV": X}),
     "people by a pattern": (
-        {"participants.tsv": "participant_id\nA_1\n", "100307/rest_1/a_ts.npy": X, "A_1/a_ts.npy": X},
+        {"participants.tsv": "participant_id\nA_1\n", "10/rest_1/a_ts.npy": X, "A_1/a_ts.npy": X},
         ["--subject_pattern", "^([^/]+)/.*a_", "--pattern", "*/a_ts*"], "note: .* 2 people in 2",
-        {"Subject": {"100307/rest_1/a_ts.npy": "100307", "A_1/a_ts.npy": "A_1"}}),
+        {"Subject": {"10/rest_1/a_ts.npy": "10", "A_1/a_ts.npy": "A_1"}}),
     "sessions": (
-        {EARLIER: X, LATER: X, "participants.tsv": "participant_id\tsession_id\tage\n"
-         "01\tses-1\t21\n01\t2\t22\n02\tn/a\t30\n"}, ["--pattern", "*[12]_[^a]*timeseries*"],
-        "", {"age": {EARLIER: 21, LATER: 22, TWO: 30}}),
+        {EARLIER: X, LATER: X, "sub-02_ses-3_ts.npy": X, "participants.tsv":
+         "participant_id\tsession_id\tage\n01\tses-1\t21\n01\t02\t22\n02\tn/a\t30\n"},
+        ["--pattern", "*_ts*"], "", {"age": {EARLIER: 21, LATER: 22, "sub-02_ses-3_ts.npy": 30}}),
     **{f"participants in {code}": ({"participants.tsv": EXCEL.encode(code)}, [], "", {
         "age": {ONE: 21.5, TWO: 70, THREE: None}, "town": {ONE: "K\u00f6ln", TWO: None}})
        for code in ("utf-8", "utf-8-sig", "utf-16", "latin-1")},
-    "both systems": ({"coords.csv": "MNI_X,y_mni,Z,R,A,S\n" + 4 * "-1,2,3,7,8,9\n"}, [],
-                     "note: .*coords.csv: x, y, z are read", {"X": [-1] * 4}),
+    "both": ({"coords.csv": "MNI_X,y_mni,Z,R,A,S\n" + 4 * "-1,2,3,7,8,9\n"}, [],
+             "note: .*coords.csv: x, y, z are read", {"X": [-1] * 4}),
     "called s": ({"coords.csv": "x,y,z,s\n" + 4 * "-1,2,3,7\n"}, [], "", {"Z": [3] * 4}),
     "commas": ({"coords.csv": "x;y;z\n" + 4 * "-1,5;2;3\n"}, [], "", {"X": [-1.5] * 4}),
 }
@@ -1795,10 +1784,10 @@ def test_files_of_a_lab_come_out_right(tmp_path, monkeypatch, changes, flags, to
     pytest.importorskip("pandas")
     code, printed = files_here([*lab(tmp_path, changes), *flags], monkeypatch)
     assert code == 0 and re.search(told, printed, re.DOTALL), printed
-    splits = [brainlm.read_arrow(tmp_path / "data" / split).to_pylist()
-              for split in ("train", "val")]
-    rows = {str(Path(row["File"]).relative_to(tmp_path)): row for row in sum(splits, [])}
-    assert not {row["Subject"] for row in splits[0]} & {row["Subject"] for row in splits[1]}
+    train, val = (brainlm.read_arrow(tmp_path / "data" / name).to_pylist() for name in
+                  ("train", "val"))
+    rows = {str(Path(row["File"]).relative_to(tmp_path)): row for row in train + val}
+    assert not {row["Subject"] for row in train} & {row["Subject"] for row in val}
     for name, value in expected.items():
         if isinstance(value, dict):
             assert {file: rows[file][name] for file in value} == value
@@ -1819,10 +1808,9 @@ SERIES_FAULTS = {   # what the line says of sub-01's file, and what is in it
     "parcels .*without a column: a; .*no parcel there: 0.3": cells(X, ["0.3", *"bcd"]),
     "parcels .*without a column: a; .*no parcel there: Par_a": cells(X, ["Par_a", *"bcd"]),
     "parcels .*without a column: d; .*no parcel there: none": cells(X[:, :3], "abc"),
-    "parcels .*without a column: none; .*no parcel there: fd": cells(
-        np.c_[X, X[:, 0]], [*"abcd", "fd"]),
-    "parcels .*without a column: none; .*no parcel there: a": cells(np.c_[X, X[:, 0]], "abcda"),
-    "5 columns for 4 parcels": cells(np.c_[X, X[:, 0]], ""),
+    "parcels .*without a column: none; .*no parcel there: fd": cells(MORE, [*"abcd", "fd"]),
+    "parcels .*without a column: none; .*no parcel there: a": cells(MORE, "abcda"),
+    "5 columns for 4 parcels": cells(MORE, ""),
     "4 rows of 40 for 4 parcels: transposed": cells(X.T, ""),
     "4 rows of 41 for 4 parcels: transposed": "".join(
         f"{name}\t{row}" for name, row in zip("abcd", cells(X.T, "").splitlines(True)))}
@@ -1848,7 +1836,7 @@ FILES_FAULTS = {    # what the line says, and a file more
     "sub-04_timeseries.npy: 4 rows of 40 for 4 parcels: transposed": X.T,
     "sub-00_timeseries.tsv.gz: a pointer of git-annex": "/annex/objects/MD5E-s12--1",
     "sub-00_timeseries.npy: a pointer .*git-lfs": "version https://git-lfs.github.com/spec/v1\n",
-    "sub-00_timeseries.tsv: a pointer of": lambda path: path.symlink_to(".git/annex/objects/x"),
+    "sub-00_timeseries.tsv: a pointer of": partial(os.symlink, ".git/annex/objects/x"),
     "sub-01/sub-02_timeseries.npy: who is it.*--subject_pattern": X,
     "sub-01_sub-02_timeseries.npy: who is it": X,
     "ses-1/sub-01_ses-2_timeseries.npy: who is it": X,
@@ -1858,12 +1846,10 @@ FILES_FAULTS = {    # what the line says, and a file more
 WRONG = [
     *(({ONE: content}, [], f"{ONE}: {told}") for told, content in SERIES_FAULTS.items()),
     *(({"coords.csv": text}, [], f"coords.csv: {told}") for told, text in COORDS_FAULTS.items()),
-    *(({"participants.tsv": text}, [], f"participants.tsv: {told}")
-      for told, text in PEOPLE_FAULTS.items()),
+    *(({"participants.tsv": text}, [], f"pants.tsv: {told}") for told, text in PEOPLE_FAULTS.items()),
     *(({told.split(": ")[0]: content}, [], told) for told, content in FILES_FAULTS.items()),
     ({"sub-1_timeseries.npy": X}, [], "sub-01 and sub-1: one person or two"),
-    ({"participants.tsv": "participant_id\tage\n01\t21\n01\t22\n"}, [],
-     f"{ONE}: age .* is 21.0 and 22.0: session_id"),
+    ({"participants.tsv": EXCEL.replace("sub-02", "01")}, [], f"{ONE}: age .* is 21.5 and 70.0: ses"),
     ({ONE: cells(X, "bacd"), "coords.csv": NAMELESS}, [],
      f"{TWO}: columns are named a, b, c ..., in .*{ONE} b, a, c"),
     ({ONE: cells(X, ""), "coords.csv": NAMELESS}, [], f"{TWO}: columns .*, in .*{ONE} none"),
@@ -1892,7 +1878,6 @@ def test_a_fault_in_files_of_a_lab_is_one_line_that_names_it(
 def test_the_printed_command_runs_in_a_shell_in_a_folder_with_a_space_and_an_umlaut(tmp_path):
     pytest.importorskip("pandas")
     folder = tmp_path / "my f\u00f6lder"
-    folder.mkdir()
     line = [sys.executable, str(REPOSITORY / "sample_data.py"), *lab(folder, {})]
     printed = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=True).stdout
     command = printed[printed.index("python "):].strip()
