@@ -695,8 +695,8 @@ def in_atlas_order(names, series, labellings, num_parcels):
         raise ValueError(f"parcels of --coords without a column: {listed([*lacking])}; columns "
                          f"that are no parcel there: {listed([*surplus])}")
     if series.shape[1] != num_parcels:
-        raise ValueError(f"{series.shape[1]} columns for {num_parcels} parcels; columns are named "
-                         f"{', '.join(names) or 'none'}")
+        raise ValueError(f"{series.shape[1]} columns for {num_parcels} parcels, the first named "
+                         f"{listed(names[:1])}, the last {listed(names[-1:])}")
     if any(labels != orders[0] for labels in orders):
         raise ValueError("two columns of --coords name the columns, in two orders: leave one out")
     return series[:, [names.index(label) for label in orders[0]]] if orders else series
@@ -785,7 +785,7 @@ def read_participants(file):
         table = read_columns(file)
         if "participant_id" not in table or {"Subject", "File", RECORDING_COL} & table.keys():
             raise ValueError("need a column participant_id, and none named Subject or File, found "
-                             f"{', '.join(table)}")
+                             f"{listed([*table])}")
         ids = table.pop("participant_id")
         columns = {}
         for name, cells in table.items():
