@@ -500,7 +500,8 @@ def naming(file):
 
 def listed(names):
     """The first three names, for a line."""
-    return ", ".join((names or ["none"])[:3]) + " ..." * (len(names or []) > 3)
+    names = [name or "''" for name in names or ["none"]]
+    return ", ".join(names[:3]) + " ..." * (len(names) > 3)
 
 
 def find_files(folder, pattern, tables):
