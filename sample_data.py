@@ -595,7 +595,7 @@ def read_cells(file):
     content = read_bytes(file)
     utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
-        text = content.decode("utf-16" if utf_16 else "utf-8-sig")
+        text = content.decode("utf-16" if utf_16 else "utf-8")
     except UnicodeDecodeError:
         text = content.decode("latin-1")
     if ".1d" in file.name.lower():
