@@ -1756,10 +1756,10 @@ RIGHT = {   # files changed, more flags, what is told, and what comes of it: rec
               {"sub-04_timeseries.ptseries.nii": X}),
     "hidden files and links": (
         {".ipynb_checkpoints/sub-01_timeseries.tsv": "", "sub-01/._sub-01_timeseries.tsv": b"\0",
-         ".store/func/sub-04_timeseries.TSV": cells(X),
+         ".store/ses-1/func/sub-04_timeseries.TSV": cells(X),
          "sub-04": partial(os.symlink, ".store"), "sub-01/all": partial(os.symlink, "..")},
         ["--pattern", "sub-*/**/func/*timeseries.tsv"], "4 files fit",
-        {"sub-04/func/sub-04_timeseries.TSV": X}),
+        {"sub-04/ses-1/func/sub-04_timeseries.TSV": X}),
     "people by a pattern": (
         {"participants.tsv": "participant_id\nA_1\n", "10/rest_1/a_ts.npy": X, "A_1/a_ts.npy": X},
         ["--subject_pattern", "^([^/]+)/.*a_", "--pattern", "*/a_ts*"], "note: .* 2 people in 2",
