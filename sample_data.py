@@ -23,7 +23,6 @@ import re
 import shlex
 import sys
 import tempfile
-import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -109,8 +108,7 @@ def write_files(folder, columns, types, num_shards, rows_per_batch):
         with pa.ipc.new_stream(folder / shard, schema) as stream:
             for i in range(start, stop, rows_per_batch):
                 rows = slice(i, min(i + rows_per_batch, stop))
-                batch = [column_values(values[rows], types[name])
-                         for name, values in columns.items()]
+                batch = [column_values(columns[name][rows], types[name]) for name in types]
                 stream.write_batch(pa.record_batch(batch, schema=schema))
         with pa.memory_map(str(folder / shard)) as file:
             content.update(file.read_buffer())
@@ -126,21 +124,18 @@ def column_type(name, values):
     """Arrow type, found from the whole column: a batch of it could hold nothing but None."""
     if any(isinstance(value, np.ndarray) for value in values):
         for row, value in enumerate(values):
-            shape = getattr(value, "shape", ())
-            if len(shape) != 2 or 0 in shape:
-                raise ValueError(f"column {name!r}, row {row}: need a 2-D array (timepoints, "
-                                 f"parcels), found {type(value).__name__} of shape {shape}")
-            if value.dtype.name not in NUMERIC or value.dtype != values[0].dtype:
-                raise ValueError(f"column {name!r}, row {row} is {value.dtype}: need one numeric "
-                                 "dtype in all rows")
+            shape, dtype = getattr(value, "shape", ()), getattr(value, "dtype", None)
+            usable = len(shape) == 2 and 0 not in shape and dtype.name in NUMERIC
+            if not usable or dtype != values[0].dtype:
+                raise ValueError(f"column {name!r}, row {row}: need 2-D arrays (timepoints, parcels)"
+                                 f" of one numeric dtype, found {dtype or value!r}, shape {shape}")
         return pa.list_(pa.list_(pa.from_numpy_dtype(values[0].dtype.name)))
     try:
         type_ = pa.array(values, from_pandas=True).type  # NaN among strings is a missing one
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"column {name!r}: {error}") from None
     if type_ not in HF_NAMES:
-        raise ValueError(f"column {name!r} holds {type_}: need 2-D numpy arrays, strings, ints, "
-                         "floats or bools")
+        raise ValueError(f"column {name!r} holds {type_}: need 2-D arrays, strings or numbers")
     return type_
 
 def column_values(values, type_):
@@ -160,10 +155,9 @@ def hf_feature(type_):
 def robust_scale(recording, nan="refuse"):
     """(timepoints, parcels) -> float32, each parcel with median 0 and interquartile range 1.
 
-    A parcel without signal becomes zeros, and a warning names it: one whose interquartile range is
-    at most a millionth of its largest value, which is rounding. NaN, masked, infinity, 1e30 or
-    more: with nan="refuse" ValueError, naming the first timepoint and parcel; with nan="zero" a
-    parcel that has any becomes zeros as well.
+    A parcel without signal, its interquartile range at most a millionth of its largest value,
+    becomes zeros, and a warning names it. So does, with nan="zero", one with NaN, masked, infinity,
+    1e30 or more; with nan="refuse" these are a ValueError.
     """
     recording = np.asarray(as_numpy(recording))
     if nan not in ("refuse", "zero"):
@@ -176,9 +170,8 @@ def robust_scale(recording, nan="refuse"):
     broken = ~(abs(recording) < 1e30)  # NaN too; the difference of larger numbers could be infinite
     if nan == "refuse" and broken.any():
         timepoint, parcel = np.argwhere(broken)[0]
-        raise ValueError(f"timepoint {timepoint}, parcel {parcel} is "
-                         f"{recording[timepoint, parcel]}: repair it, or nan='zero' makes the "
-                         "whole parcel zeros")
+        raise ValueError(f"timepoint {timepoint}, parcel {parcel} is {recording[timepoint, parcel]}"
+                         ": repair it, or nan='zero' makes the whole parcel zeros")
     recording[:, broken.any(axis=0)] = 0
     low, median, high = np.percentile(recording, [25, 50, 75], axis=0)
     spread = high - low
@@ -187,8 +180,8 @@ def robust_scale(recording, nan="refuse"):
     scaled = (recording - median) / spread
     scaled[:, silent] = 0
     if silent.any():
-        numbers = ", ".join(str(parcel) for parcel in np.flatnonzero(silent))
-        warnings.warn(f"parcels {numbers} lack a signal or values: written as zeros", stacklevel=2)
+        parcels = ", ".join(map(str, np.flatnonzero(silent)))
+        warnings.warn(f"parcels {parcels} lack a signal or values: written as zeros", stacklevel=2)
     return scaled.astype(np.float32)
 
 # --------------------------------------------------------------------------------------------------
@@ -213,18 +206,13 @@ def make_sample_data(output_dir, num_train=100, num_val=20, num_parcels=424, num
     """Write {train,val,coords} of a made-up population, in which there are three things to learn.
 
     Space: the patches of one of 7 networks, each in both hemispheres, share most of their time
-    course, so visible parcels tell of hidden ones, even of far ones. Neighbours share smooth noise
-    besides; a third of the variance is white noise, which nothing predicts.
+    course; neighbours share smooth noise besides. A third of the variance is white noise.
     Time: networks have their power at 0.01 to 0.1 Hz, so the past tells of the next few seconds.
     Age, 45 to 80 years: (a) networks get faster, their cutoff rising from about 0.04 to 0.085 Hz,
     which correlations of parcels do not show, and (b) the patches of the Default network couple
-    less, which they do. At the default size, autocorrelation at lag 5 predicts age with R2 0.8,
-    ridge on correlations with 0.4. Clinical scores hang together, depend on age weakly, and one in
-    ten is missing.
-
+    less, which they do. Clinical scores hang together, depend on age weakly, one in ten is missing.
     A recording depends on `seed`, its split and its number alone: asking for more changes none.
     """
-    start = time.time()
     for name, value, least in (("num_train", num_train, 1), ("num_val", num_val, 1),
                                ("num_parcels", num_parcels, 2),
                                ("num_timepoints", num_timepoints, 20), ("seed", seed, 0)):
@@ -240,10 +228,8 @@ def make_sample_data(output_dir, num_train=100, num_val=20, num_parcels=424, num
         write_dataset(Path(output_dir, split), {
             "Subject": [f"{split}-{i:04d}" for i in range(count)],
             **{name: [person[name] for person in people] for name in people[0]}})
-    size = sum(path.stat().st_size for path in Path(output_dir).glob("*/*.arrow"))
     print(f"wrote {output_dir}/{{train,val,coords}}: {num_train} + {num_val} synthetic recordings "
-          f"of {num_timepoints} timepoints x {num_parcels} parcels, {size / 1e6:.0f} MB in "
-          f"{time.time() - start:.1f} s")
+          f"of {num_timepoints} timepoints x {num_parcels} parcels")
 
 def make_brain(num_parcels, rng):
     """What all people share: parcels, networks, and how time courses spread over parcels."""
@@ -327,11 +313,9 @@ def unit_rows(matrix):
 def surrogate(recordings, rng):
     """A recording that never was, between two of the recordings: float32 (timepoints, parcels).
 
-    Each Fourier component of a recording is turned by a random angle, the same for all parcels.
-    They keep their spectra and correlations, and their course is new (Prichard and Theiler 1994,
-    Phys. Rev. Lett. 73, 951). Of two recordings, drawn at random (maybe the same twice), the
-    results are mixed in a random proportion. A model learns a few recordings by heart; of these
-    there is no end.
+    Two are drawn (maybe one twice), each Fourier component turned by a random angle, the same for
+    all parcels, which keeps their spectra and correlations (Prichard and Theiler 1994, Phys. Rev.
+    Lett. 73, 951), and mixed. A model learns a few recordings by heart; of these there is no end.
     """
     pair = [np.asarray(recordings[i]) for i in rng.integers(len(recordings), size=2)]
     num_timepoints, proportion, mixture = min(map(len, pair)), rng.uniform(0, np.pi / 2), 0
@@ -347,13 +331,9 @@ def make_hcp_data(output_dir, num_surrogates, seed):
 
     train and val: 5 + 2 subjects of the Human Connectome Project, 1200 timepoints (TR 0.72 s) of 94
     AAL2 regions; surrogates: what `surrogate` makes of those in train; external: 5 subjects of
-    another cohort, 355 timepoints. The package tells nothing of age or health.
-
-    That the rows follow AAL2 can be checked, not proven: rows 2i and 2i+1, left and right of one
-    region, correlate at 0.57 (external: 0.58) where two rows do at 0.29 (0.25), and the voxel
-    counts beside them are smallest and largest where AAL2's regions are. The centres are in the
-    units of a tilted mesh; the map to MNI mm is fitted to approximate centres of 39 regions for Y
-    and Z, 61 for X (residuals 1.9, 0.5 and 0.7 mm rms): good to a few mm.
+    another cohort, 355 timepoints. That rows follow AAL2 can be checked, not proven: rows 2i and
+    2i+1, left and right of one region, correlate at 0.57 (external: 0.58), two rows at 0.29 (0.25).
+    The centres are of a tilted mesh, mapped to MNI by a fit to 39 to 61 regions, good to a few mm.
     """
     if num_surrogates < 1:
         raise ValueError(f"--num_surrogates is {num_surrogates}: it must be at least 1")
@@ -377,9 +357,9 @@ def make_hcp_data(output_dir, num_surrogates, seed):
     hcp, external = (sorted(package.glob(f"data/datasets/{cohort}/subjects/*/functional/*.mat"))
                      for cohort in ("hcp", "gw"))
     for split, files in ("external", external), ("val", hcp[-2:]), ("train", hcp[:-2]):
+        subjects = [file.parts[-3] for file in files]
         recordings = [robust_scale(loadmat(file)["tc"].T) for file in files]
-        write_dataset(Path(output_dir, split), {"Subject": [file.parts[-3] for file in files],
-                                                RECORDING_COL: recordings})
+        write_dataset(Path(output_dir, split), {"Subject": subjects, RECORDING_COL: recordings})
     rng = np.random.default_rng(seed)
     made = [surrogate(recordings, rng) for _ in range(num_surrogates)]
     write_dataset(Path(output_dir, "surrogates"), {RECORDING_COL: made})
@@ -418,18 +398,16 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, subjec
                                  f"{listed(first[1])}: need one order, or labels in {coords}")
             said = said_of(people.get(plain(subject), []), session)
             if len(series) < min_timepoints:
-                short.append(len(series))
+                short.append(str(len(series)))
             elif (recording := cleaned(series, file)) is not None:
                 strangers += said is None
                 rows.append({**(said or nobody), "Subject": subject, "File": str(file),
                              **({"TR": tr} if tr else {}), RECORDING_COL: recording})
 
     subjects = sorted({row["Subject"] for row in rows})
-    told = (f"{len(files)} files fit --pattern {pattern!r}, {len(rows)} of them are used, of "
+    told = (f"{len(files)} files fit --pattern {pattern!r}, {len(short)} are shorter than "
+            f"--min_timepoints {min_timepoints} ({listed(short)}), {len(rows)} are used, of "
             f"{len(subjects)} people ({listed(subjects)})")
-    if short:
-        told += (f"; {len(short)} are shorter than --min_timepoints {min_timepoints}, of "
-                 f"{min(short)} to {max(short)} timepoints")
     if len(subjects) < 2:
         raise ValueError(f"{told}: need two people, to train and to validate on")
     print(told)
@@ -516,14 +494,13 @@ def find_people(files, folder, pattern):
         labels = {match and match[1] for match in matches}
         sessions = {*re.findall("(?<![^/_])ses-([0-9A-Za-z]+)", path)} or {""}
         if len(labels) != 1 or not all(labels) or len(sessions) > 1:
-            raise ValueError(f"{file}: who is it? need one sub-<label>_key-value_suffix and at "
-                             f"most one ses-<label>; or --subject_pattern (now {pattern}), as "
-                             f"{example(path)}")
-        people.append((*labels, plain(*sessions)))
-        other = written.setdefault(plain(*labels), *labels)
-        if other not in labels:
-            raise ValueError(f"{other} and {people[-1][0]}: one person or two? --subject_pattern "
-                             "tells")
+            raise ValueError(f"{file}: who is it? need one sub-<label>_key-value_suffix, one ses- "
+                             f"or none; or --subject_pattern (now {pattern}), as {example(path)}")
+        label, = labels
+        other = written.setdefault(plain(label), label)
+        if other != label:
+            raise ValueError(f"{other} and {label}: one person or two? --subject_pattern tells")
+        people.append((label, plain(*sessions)))
     return people
 
 def example(path):
@@ -556,6 +533,8 @@ def read_cells(file):
     if ".1d" in file.name.lower():
         text = re.sub("(?m)^ *#.*\n", "", text)
     text = text.strip("\r\n")
+    if not text:
+        raise ValueError("no rows")
     separator = next((mark for mark in "\t;," if mark in text.partition("\n")[0]), r"\s+")
     table = pandas.read_csv(io.StringIO(text, newline=None), sep=separator, header=None, dtype=str,
                             keep_default_na=False, skip_blank_lines=False,
@@ -567,7 +546,7 @@ def read_cells(file):
 def parse(cells):
     """Text -> float64 of its shape, NaN where it is no number; and where it is other text."""
     import pandas
-    text = pandas.Series(cells.ravel(), dtype=str)
+    text = pandas.Series(np.ravel(cells), dtype=str)
     commas = text[text.str.contains(",", regex=False)]
     thousands = commas.str.fullmatch(r"[-+]?[1-9]\d{0,2}(,\d{3})+").all()
     if not thousands and not text.str.contains(".", regex=False).any():
@@ -706,8 +685,8 @@ def read_parcels(file):
             if kind == "Label" and not cells.is_unique:
                 raise ValueError(f"column {name}: {cells.mode()[0]} names several parcels")
             if kind:
-                parcels[kind] = cells.replace("", None)
-            if cells.is_unique and all(cells) and not (parse(cells.to_numpy())[0] % 1 > 0).any():
+                parcels[kind] = np.where(cells == "", None, cells)
+            if cells.is_unique and all(cells) and not (parse(cells)[0] % 1 > 0).any():
                 labellings.append([*cells])
     return parcels, labellings
 
@@ -725,11 +704,11 @@ def read_participants(file):
         sessions = table.get("session_id", [""] * len(ids))
         columns = {}
         for name, cells in table.items():
-            values, other = parse(cells.to_numpy())
+            values, other = parse(cells)
             columns[name] = np.where(cells == "", None, cells if other.any() else values).tolist()
         for label, session, *values in zip(ids, sessions, *columns.values()):
-            said = dict(zip(columns, values))
-            people.setdefault(plain(label), []).append((plain(session), said))
+            said = plain(session), dict(zip(columns, values))
+            people.setdefault(plain(label), []).append(said)
     return people
 
 def said_of(rows, session):

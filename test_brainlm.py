@@ -1727,8 +1727,9 @@ def files_here(line, monkeypatch):
 SERIES_RIGHT = {    # sub-01's file; what is told; what comes of it
     "gaps": (cells(np.where(np.isin(TIME, [0, 1, 2, 9]) | (TIME > 23), np.nan, X)
                    * [1, np.nan, 1, 1]), "20 of 40 .*interpolated\n.*parcels 1 lack", GAPS),
-    "most missing": (cells(np.where(TIME < 21, np.nan, X)), "21 of 40 .*out.*2 of them are", None),
-    "short": (cells(X[:19]), "1 are shorter than --min_timepoints 20, of 19 to 19", None),
+    "most missing": (cells(np.where(TIME < 21, np.nan, X)), "21 of 40 .*out.*2 are used", None),
+    "short": (cells(X[:19]), "1 are shorter than --min_timepoints 20 .19.", None),
+    "no rows": ("a\tb\tc\td\n", "1 are shorter than --min_timepoints 20 .0.", None),
     "spikes": (cells(X + 1000 * (TIME == 5)), "note: .*4 values are", X + 1000 * (TIME == 5)),
     "other order": (cells(X[:, ::-1], "dcba"), "", X),
     "ids of the atlas": (cells(WHOLE[:, ::-1], ["14", "13", "12", "11"]), "", WHOLE),
@@ -1794,7 +1795,6 @@ def test_files_of_a_lab_come_out_right(tmp_path, monkeypatch, changes, flags, to
             assert np.array_equal(rows[name][RECORDING_COL], robust_scale(value, nan="zero"))
 
 SERIES_FAULTS = {   # what the line says of sub-01's file, and what is in it
-    "no timepoints": "a\tb\tc\td\n",
     "no rows": "",
     "row 2, column b: 'x', need numbers or n/a": "a\tb\tc\td\n1.5\tx\t2\t3\n",
     "row 3 has fewer cells": cells(X[:1]) + "1\t2\t3\n",
@@ -1818,19 +1818,19 @@ COORDS_FAULTS = {
     "row 2: R, A, S are .1.0, 2.0, 3.0.: need MNI mm": ATLAS.replace("-", ""),
     "row 2: x, y, z are .0.01, 0.02, 0.03.: need MNI mm": "x,y,z\n.01,.02,.03\n-.01,-.02,-.03\n",
     "row 2, column x: '1,234', need": "x;y;z\n1,234;2;3\n-1;-2;-3\n",
-    "column ROI Name: a names 2 parcels": ATLAS.replace("b", "a")}
+    "column ROI Name: a names several parcels": ATLAS.replace("b", "a")}
 PEOPLE_FAULTS = {
     "3 of 3 .*participant_id is A1": "participant_id\tage\nA1\t30\n",
     "need a column participant_id.*found id, age": "id\tage\n01\t3\n",
     "row 3 lacks participant_id": "participant_id\tage\n01\t3\nn/a\t4\n",
-    "column 'age' stands there 2 times": "participant_id\tage\tage\n01\t3\t4\n"}
+    "need rows .*no column twice: age": "participant_id\tage\tage\n01\t3\t4\n"}
 FILES_FAULTS = {    # what the line says, and a file more
     "sub-00_timeseries.npy: .*pickle": np.array([{}]),
     "sub-00_timeseries.npy: complex128 of shape": X + 1j,
     "sub-04_timeseries.npy: 4 rows of 40 for 4 parcels: transposed": X.T,
     "sub-00_timeseries.tsv.gz: a pointer of git-annex": "/annex/objects/MD5E-s12--1",
     "sub-00_timeseries.npy: a pointer .*git-lfs": "version https://git-lfs.github.com/spec/v1\n",
-    "sub-00_timeseries.tsv: a pointer of": partial(os.symlink, ".git/annex/objects/x"),
+    "sub-00_timeseries.tsv: .*No such file": partial(os.symlink, ".git/annex/objects/x"),
     "sub-01/sub-02_timeseries.npy: who is it.*--subject_pattern": X,
     "sub-01_sub-02_timeseries.npy: who is it": X,
     "ses-1/sub-01_ses-2_timeseries.npy: who is it": X,
@@ -1850,9 +1850,9 @@ WRONG = [
     *(({}, flags.split(), told) for flags, told in {
         "--pattern *.nii": "--pattern '.*.nii' .*: there is sub-01_task.*tsv, motion.tsv, sub-02",
         "--pattern sub-01*series.tsv": "1 files .* of 1 people .sub-01.: need two people",
-        "--min_timepoints 41": "3 are shorter than --min_timepoints 41, of 40 to 40 timepoints",
-        "--min_timepoints 19": "--min_timepoints is 19: less than 20",
-        "--val_share 1.5": "--val_share is 1.5: not between 0 and 1",
+        "--min_timepoints 41": "3 are shorter than --min_timepoints 41 .40, 40, 40.",
+        "--min_timepoints 19": "--min_timepoints 19, .*need .* 20 or more",
+        "--val_share 1.5": "--val_share is 1.5, .*need a share between 0 and 1",
         "--subject_pattern sub-": "--subject_pattern sub-: .*one group",
         "--subject_pattern (a": "--subject_pattern .a: ",
         "--subject_pattern sub-(02)": f"{ONE}: who is it.*now sub-.02"}.items())]
