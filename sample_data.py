@@ -50,12 +50,10 @@ def write_dataset(folder, columns, num_shards=1, rows_per_batch=16):
     folder = Path(folder).resolve()
     columns = {name: [as_numpy(value) for value in as_numpy(values)]
                for name, values in columns.items()}
-    num_rows = len(next(iter(columns.values()), []))
-    if num_rows == 0:
-        raise ValueError("a dataset needs at least one column and one row")
-    for name, values in columns.items():
-        if len(values) != num_rows:
-            raise ValueError(f"column {name!r} has {len(values)} rows, the first one {num_rows}")
+    lengths = {name: len(values) for name, values in columns.items()}
+    num_rows = max(lengths.values(), default=0)
+    if num_rows == 0 or num_rows != min(lengths.values()):
+        raise ValueError(f"need columns of one length, of 1 or more, found {lengths}")
     if not 1 <= num_shards <= num_rows:
         raise ValueError(f"num_shards is {num_shards}: {num_rows} rows make 1 to {num_rows} shards")
     present = []
@@ -127,8 +125,8 @@ def column_type(name, values):
             shape, dtype = getattr(value, "shape", ()), getattr(value, "dtype", None)
             usable = len(shape) == 2 and 0 not in shape and dtype.name in NUMERIC
             if not usable or dtype != values[0].dtype:
-                raise ValueError(f"column {name!r}, row {row}: need 2-D arrays (timepoints, parcels)"
-                                 f" of one numeric dtype, found {dtype or value!r}, shape {shape}")
+                raise ValueError(f"column {name!r}, row {row}: need arrays (timepoints, parcels) of "
+                                 f"one numeric dtype, found {dtype} of shape {shape}")
         return pa.list_(pa.list_(pa.from_numpy_dtype(values[0].dtype.name)))
     try:
         type_ = pa.array(values, from_pandas=True).type  # NaN among strings is a missing one
@@ -174,10 +172,8 @@ def robust_scale(recording, nan="refuse"):
                          ": repair it, or nan='zero' makes the whole parcel zeros")
     recording[:, broken.any(axis=0)] = 0
     low, median, high = np.percentile(recording, [25, 50, 75], axis=0)
-    spread = high - low
-    silent = spread <= 1e-6 * abs(recording).max(axis=0)
-    spread[silent] = 1
-    scaled = (recording - median) / spread
+    silent = high - low <= 1e-6 * abs(recording).max(axis=0)
+    scaled = (recording - median) / np.where(silent, 1, high - low)
     scaled[:, silent] = 0
     if silent.any():
         parcels = ", ".join(map(str, np.flatnonzero(silent)))
@@ -366,7 +362,6 @@ def make_hcp_data(output_dir, num_surrogates, seed):
     print(f"wrote {output_dir}/{{train,val,external,surrogates,coords}}: {len(hcp) - 2} + 2 + "
           f"{len(external)} real recordings, and {num_surrogates} made of those in train")
 
-
 # --------------------------------------------------------------------------------------------------
 # Files of your own: right, or refused in one line
 
@@ -396,10 +391,10 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, subjec
             if not labellings and names != first[1]:
                 raise ValueError(f"columns are named {listed(names)}, in {first[0]} "
                                  f"{listed(first[1])}: need one order, or labels in {coords}")
-            said = said_of(people.get(plain(subject), []), session)
             if len(series) < min_timepoints:
                 short.append(str(len(series)))
             elif (recording := cleaned(series, file)) is not None:
+                said = said_of(people.get(plain(subject), []), session)
                 strangers += said is None
                 rows.append({**(said or nobody), "Subject": subject, "File": str(file),
                              **({"TR": tr} if tr else {}), RECORDING_COL: recording})
@@ -446,10 +441,10 @@ def naming(file):
     """What goes wrong while reading what others wrote becomes one line that names the file."""
     try:
         yield
-    except ImportError:
-        raise
     except Exception as error:
         told = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, ImportError):
+            told += f": pip install {error.name}"
         raise ValueError(f"{file}: {told}") from None
 
 def listed(names):
@@ -594,7 +589,8 @@ def read_series(file, header, labellings, num_parcels):
                          "row for each timepoint")
     if cells.dtype == object:
         start = int(has_header(cells, labellings) if header == "auto" else header == "yes")
-        while cells.shape[1] > num_parcels and is_index(cells[:, 0], start):
+        counts = np.array_equal(parse(cells[start:, 0])[0], np.arange(len(cells) - start))
+        if columns > num_parcels and (counts or start and cells[0, 0] == ""):  # pandas' index
             cells = cells[:, 1:]
         names = [*cells[0]] if start else None
         cells = numbers(cells[start:], names or range(1, cells.shape[1] + 1), 1 + start)
@@ -602,11 +598,6 @@ def read_series(file, header, labellings, num_parcels):
     for row, column in np.argwhere(abs(series) >= 1e30):
         raise ValueError(f"timepoint {row + 1}, column {column + 1} is {series[row, column]}")
     return names, in_atlas_order(names or [], series, labellings, num_parcels)
-
-def is_index(column, start):
-    """Whether cells are the index of a table of pandas: without a name, or 0, 1, 2, ..."""
-    values, _ = parse(column[start:])
-    return start and column[0] == "" or np.array_equal(values, np.arange(len(values)))
 
 def in_atlas_order(names, series, labellings, num_parcels):
     """The columns of a series [timepoints, columns] in the atlas' order, by names if they have."""
@@ -618,24 +609,21 @@ def in_atlas_order(names, series, labellings, num_parcels):
         raise ValueError(f"parcels of --coords without a column: {listed([*lacking])}; columns "
                          f"that are no parcel there: {listed([*surplus])}")
     if series.shape[1] != num_parcels:
-        raise ValueError(f"{series.shape[1]} columns for {num_parcels} parcels, the first named "
-                         f"{listed(names[:1])}, the last {listed(names[-1:])}")
+        raise ValueError(f"{series.shape[1]} columns for {num_parcels} parcels, first and last named "
+                         f"{listed(names[:1] + names[-1:])}")
     if any(labels != orders[0] for labels in orders):
         raise ValueError("two columns of --coords name the columns, in two orders: leave one out")
     return series[:, [names.index(label) for label in orders[0]]] if orders else series
 
 def cleaned(series, file):
-    """What robust_scale makes of a series, timepoints without values interpolated in time.
-
-    None where more than half of them are. What is changed, and what is odd, is told.
-    """
+    """A series scaled, its gaps interpolated in time, or None where most of it is. All is told."""
     gaps = np.isnan(series).all(axis=1)
-    told = f"{file}: {gaps.sum()} of {len(series)} timepoints have no values:"
-    if 2 * gaps.sum() > len(series):
-        print(told, "left out")
-        return None
+    lost = 2 * gaps.sum() > len(series)
     if gaps.any():
-        print(told, "interpolated")
+        print(f"{file}: {gaps.sum()} of {len(series)} timepoints have no values:",
+              "left out" if lost else "interpolated")
+    if lost:
+        return None
     for signal in series.T:
         signal[gaps] = np.interp(np.flatnonzero(gaps), np.flatnonzero(~gaps), signal[~gaps])
     with warnings.catch_warnings(record=True) as silent:
@@ -645,9 +633,8 @@ def cleaned(series, file):
         raise ValueError("no parcel varies")
     for warning in silent:
         print(f"{file}: {warning.message}")
-    spikes = (abs(scaled) > 50).sum()
-    if spikes:
-        print(f"note: {file}: {spikes} values are spikes, past 50 interquartile ranges")
+    if (abs(scaled) > 50).any():
+        print(f"note: {file}: {(abs(scaled) > 50).sum()} values are spikes, past 50 after scaling")
     if len(series) == series.shape[1]:
         print(f"note: {file}: as many rows as columns: rows are taken as timepoints")
     return scaled
@@ -658,7 +645,7 @@ def read_columns(file):
     cells = read_cells(file)
     table = pandas.DataFrame(cells[1:], columns=cells[0], dtype=object)
     repeated = table.columns[table.columns.duplicated()]
-    if table.empty or repeated.any():
+    if table.empty or len(repeated):
         raise ValueError(f"need rows below the header, and no column twice: {listed([*repeated])}")
     return table
 
@@ -707,8 +694,8 @@ def read_participants(file):
             values, other = parse(cells)
             columns[name] = np.where(cells == "", None, cells if other.any() else values).tolist()
         for label, session, *values in zip(ids, sessions, *columns.values()):
-            said = plain(session), dict(zip(columns, values))
-            people.setdefault(plain(label), []).append(said)
+            row = plain(session), dict(zip(columns, values))
+            people.setdefault(plain(label), []).append(row)
     return people
 
 def said_of(rows, session):
@@ -749,9 +736,8 @@ def main():
     make = sources[args.pop("source")]
     try:
         make(**{name: args[name] for name in inspect.signature(make).parameters})
-    except (ImportError, OSError, ValueError) as error:
-        install = f": pip install {error.name}" if isinstance(error, ImportError) else ""
-        print(f"sample_data.py: {error}{install}", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        print(f"sample_data.py: {error}", file=sys.stderr)
         sys.exit(2)
 
 if __name__ == "__main__":
