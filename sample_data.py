@@ -125,8 +125,8 @@ def column_type(name, values):
             shape, dtype = getattr(value, "shape", ()), getattr(value, "dtype", None)
             usable = len(shape) == 2 and 0 not in shape and dtype.name in NUMERIC
             if not usable or dtype != values[0].dtype:
-                raise ValueError(f"column {name!r}, row {row}: need arrays (timepoints, parcels) of "
-                                 f"one numeric dtype, found {dtype} of shape {shape}")
+                raise ValueError(f"column {name!r}, row {row} is {dtype} of shape {shape}: need "
+                                 "arrays (timepoints, parcels) of one numeric dtype")
         return pa.list_(pa.list_(pa.from_numpy_dtype(values[0].dtype.name)))
     try:
         type_ = pa.array(values, from_pandas=True).type  # NaN among strings is a missing one
@@ -410,11 +410,11 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, subjec
         print(f"note: --subject_pattern finds {len(subjects)} people in {len(rows)} files: is "
               "really nobody there twice?")
     if people:
-        absent = people.keys() - {plain(subject) for subject in subjects}
+        absent = sorted(people.keys() - {plain(subject) for subject in subjects})
         told = (f"{participants}: {strangers} of {len(rows)} recordings have no row there, "
-                f"{len(absent)} of {len(people)} people there have no recording")
+                f"{len(absent)} of {len(people)} people no recording ({listed(absent)})")
         if strangers == len(rows):
-            raise ValueError(f"{told}: participant_id is {listed([*people])}")
+            raise ValueError(told)
         print(told)
 
     # All recordings of a person go into one split.
@@ -461,11 +461,11 @@ def find_files(folder, pattern, tables):
               if fnmatch.fnmatch(f"/{file.relative_to(folder).as_posix()}".lower(), glob)]
     files = [file for file in picked if FORMAT.search(file.name)]
     others = [file.name for file in picked if file not in files]
-    if not files:
-        raise ValueError(f"{folder}: no file fits --pattern {pattern!r} and is of {FORMATS} (.gz): "
-                         f"there is {listed(others or [file.name for file in there])}")
     if others:
         print(f"{len(others)} files are left out, not of {FORMATS} (.gz): {listed(others)}")
+    if not files:
+        raise ValueError(f"{folder}: no file fits --pattern {pattern!r} and is of {FORMATS}: there "
+                         f"is {listed([file.name for file in picked or there])}")
     return files
 
 def visible_files(folder, seen):
@@ -511,10 +511,8 @@ def plain(label):
 
 def read_bytes(file):
     """The content of a file, unpacked."""
-    content = file.read_bytes()
-    if content.startswith((b"/annex/objects/", b"version https://git-lfs")):
-        raise ValueError("a pointer of git-annex or git-lfs to content that is not here: get it")
-    return gzip.decompress(content) if file.suffix.lower() == ".gz" else content
+    with (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rb") as content:
+        return content.read()
 
 def read_cells(file):
     """A table as text [rows, columns], its header included, "" where a value is missing."""
@@ -609,7 +607,7 @@ def in_atlas_order(names, series, labellings, num_parcels):
         raise ValueError(f"parcels of --coords without a column: {listed([*lacking])}; columns "
                          f"that are no parcel there: {listed([*surplus])}")
     if series.shape[1] != num_parcels:
-        raise ValueError(f"{series.shape[1]} columns for {num_parcels} parcels, first and last named "
+        raise ValueError(f"{series.shape[1]} columns for {num_parcels} parcels, first and last are "
                          f"{listed(names[:1] + names[-1:])}")
     if any(labels != orders[0] for labels in orders):
         raise ValueError("two columns of --coords name the columns, in two orders: leave one out")

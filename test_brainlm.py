@@ -1679,8 +1679,8 @@ def test_the_readme_links_to_the_lines_of_its_functions():
 
 def cells(x, names="abcd", sep="\t"):
     """Text of a table: names, and x [rows, columns] with n/a where it is NaN."""
-    rows = [["n/a" if value != value else str(value) for value in row] for row in x]
-    return "".join(sep.join(row) + "\n" for row in [[*names]] * bool(names) + rows)
+    rows = [*[names] * bool(names), *np.where(np.isnan(x), "n/a", x.astype(str))]
+    return "".join(sep.join(row) + "\n" for row in rows)
 
 def ptseries(path):
     """X as CIFTI, its parcels from the last to the first."""
@@ -1697,8 +1697,9 @@ GAPS[:3], GAPS[9], GAPS[24:] = GAPS[3], (GAPS[8] + GAPS[10]) / 2, GAPS[23]
 ALL = [f"sub-0{k}/func/sub-0{k}_task-rest_timeseries.tsv" for k in (1, 2, 3)]
 ONE, TWO, THREE = ALL
 EARLIER, LATER = (f"sub-01/ses-{k}/sub-01_ses-{k}_ts.npy" for k in (1, 2))
+CIFTI, LINKED = "sub-04_timeseries.ptseries.nii", "ses-1/func/sub-04_timeseries.TSV"
 ATLAS = "index,ROI Name,R,A,S\n11,a,1,2,3\n12,b,4,5,6\n13,c,7,8,9\n14,d,-1,-2,-3\n"
-NAMELESS = "x,y,z\n1,2,3\n4,5,6\n7,8,9\n-1,-2,-3\n"
+NAMELESS = {"coords.csv": "x,y,z\n1,2,3\n4,5,6\n7,8,9\n-1,-2,-3\n"}
 PEOPLE = "participant_id\tage\tborn\nsub-01\t21\t1999-12-31\n02\tn/a\tn/a\n"
 EXCEL = "participant_id;age;town\n1;21,5;K\u00f6ln\nsub-02;70;n/a\n"
 
@@ -1729,7 +1730,7 @@ SERIES_RIGHT = {    # sub-01's file; what is told; what comes of it
                    * [1, np.nan, 1, 1]), "20 of 40 .*interpolated\n.*parcels 1 lack", GAPS),
     "most missing": (cells(np.where(TIME < 21, np.nan, X)), "21 of 40 .*out.*2 are used", None),
     "short": (cells(X[:19]), "1 are shorter than --min_timepoints 20 .19.", None),
-    "no rows": ("a\tb\tc\td\n", "1 are shorter than --min_timepoints 20 .0.", None),
+    "no rows": (cells(X[:0]), "1 are shorter than --min_timepoints 20 .0.", None),
     "spikes": (cells(X + 1000 * (TIME == 5)), "note: .*4 values are", X + 1000 * (TIME == 5)),
     "other order": (cells(X[:, ::-1], "dcba"), "", X),
     "ids of the atlas": (cells(WHOLE[:, ::-1], ["14", "13", "12", "11"]), "", WHOLE),
@@ -1743,39 +1744,36 @@ FORMATS = {"sub-01_ts.CSV": cells(X, sep=", "), "sub-02_ts.txt": cells(X, "", " 
            "sub-05_ts.tsv.gz": gzip.compress(cells(X).encode())}
 RIGHT = {   # files changed, more flags, what is told, and what comes of it: recordings and columns
     "all": ({}, ["--tr", "2"], "3 people .sub-01, .*1 of 3 rec.*0 of 2 people", {
-        ONE: X, TWO: Y, THREE: Z, "Y": [2, 5, 8, -2], "Label": [*"abcd"], "TR": {ONE: 2, TWO: 2},
+        ONE: X, TWO: Y, THREE: Z, "Y": [2, 5, 8, -2], "Label": [*"abcd"], "TR": {ONE: 2},
         "age": {ONE: 21, TWO: None, THREE: None}, "born": {ONE: "1999-12-31", TWO: None}}),
     **{what: ({ONE: content}, [], told, {TWO: Y} | ({} if series is None else {ONE: series}))
        for what, (content, told, series) in SERIES_RIGHT.items()},
-    "ids": (dict.fromkeys(ALL, cells(X, "3127")) | {"coords.csv": NAMELESS}, [], "", {ONE: X}),
-    "values": (dict.fromkeys(ALL, cells(WHOLE, "")), ["--header", "no"], "", {ONE: WHOLE}),
-    "names": (dict.fromkeys(ALL, cells(WHOLE, "3127")) | {"coords.csv": NAMELESS},
-              ["--header", "yes"], "", {ONE: WHOLE}),
-    "formats": (FORMATS | {"a_ts.json": "{}"}, ["--pattern", "*_ts*"],
-                "1 files are left out, .*a_ts.json", dict.fromkeys(FORMATS, X)),
-    "cifti": ({"sub-04_timeseries.ptseries.nii": ptseries}, [], "",
-              {"sub-04_timeseries.ptseries.nii": X}),
+    "ids": (NAMELESS | dict.fromkeys(ALL, cells(X, "3127")), [], "", {ONE: X}),
+    "values": (dict.fromkeys(ALL, cells(WHOLE, "")), ["--header=no"], "", {ONE: WHOLE}),
+    "names": (NAMELESS | dict.fromkeys(ALL, cells(WHOLE, "3127")), ["--header=yes"], "",
+              {ONE: WHOLE}),
+    "formats": (FORMATS | {"a_ts.json": "{}"}, ["--pattern=*_ts*"], "1 files are left out, .*json",
+                dict.fromkeys(FORMATS, X)),
+    "cifti": ({CIFTI: ptseries}, [], "", {CIFTI: X}),
     "hidden files and links": (
         {".ipynb_checkpoints/sub-01_timeseries.tsv": "", "sub-01/._sub-01_timeseries.tsv": b"\0",
-         ".store/ses-1/func/sub-04_timeseries.TSV": cells(X),
-         "sub-04": partial(os.symlink, ".store"), "sub-01/all": partial(os.symlink, "..")},
-        ["--pattern", "sub-*/**/func/*timeseries.tsv"], "4 files fit",
-        {"sub-04/ses-1/func/sub-04_timeseries.TSV": X}),
+         ".x/" + LINKED: cells(X), "sub-04": partial(os.symlink, ".x"),
+         "sub-01/all": partial(os.symlink, "..")},
+        ["--pattern=sub-*/**/func/*timeseries.tsv"], "4 files fit", {"sub-04/" + LINKED: X}),
     "people by a pattern": (
         {"participants.tsv": "participant_id\nA_1\n", "10/rest_1/a_ts.npy": X, "A_1/a_ts.npy": X},
-        ["--subject_pattern", "^([^/]+)/.*a_", "--pattern", "*/a_ts*"], "note: .* 2 people in 2",
+        ["--subject_pattern=^([^/]+)/.*a_", "--pattern=*/a_ts*"], "note: .* 2 people in 2",
         {"Subject": {"10/rest_1/a_ts.npy": "10", "A_1/a_ts.npy": "A_1"}}),
     "sessions": (
         {EARLIER: X, LATER: X, "sub-02_ses-3_ts.npy": X, "participants.tsv":
          "participant_id\tsession_id\tage\n01\tses-1\t21\n01\t02\t22\n02\tn/a\t30\n"},
         ["--pattern", "*_ts*"], "", {"age": {EARLIER: 21, LATER: 22, "sub-02_ses-3_ts.npy": 30}}),
-    **{f"participants in {code}": ({"participants.tsv": EXCEL.encode(code)}, [], "", {
+    **{code: ({"participants.tsv": EXCEL.encode(code)}, [], "", {
         "age": {ONE: 21.5, TWO: 70, THREE: None}, "town": {ONE: "K\u00f6ln", TWO: None}})
        for code in ("utf-8", "utf-8-sig", "utf-16", "latin-1")},
-    "both": ({"coords.csv": "MNI_X,y_mni,Z,R,A,S\n" + 4 * "-1,2,3,7,8,9\n"}, [],
-             "note: .*coords.csv: x, y, z are read", {"X": [-1] * 4}),
-    "called s": ({"coords.csv": "x;y;z;s\n" + 4 * "-1,5;2;3;7\n"}, [], "",
-                 {"X": [-1.5] * 4, "Z": [3] * 4})}
+    "both": ({"coords.csv": "MNI_X,y_mni,Z,R,A,S\n" + 4 * "-1,2,3,7,8,9\n"}, [], "x, y, z are read",
+             {"X": [-1] * 4}),
+    "s": ({"coords.csv": "x;y;z;s\n" + 4 * "-1,5;2;3;7\n"}, [], "", {"X": [-1.5] * 4, "Z": [3] * 4})}
 
 @pytest.mark.parametrize("changes, flags, told, expected", RIGHT.values(), ids=RIGHT)
 def test_files_of_a_lab_come_out_right(tmp_path, monkeypatch, changes, flags, told, expected):
@@ -1784,7 +1782,7 @@ def test_files_of_a_lab_come_out_right(tmp_path, monkeypatch, changes, flags, to
     assert code == 0 and re.search(told, printed, re.DOTALL), printed
     train, val = (brainlm.read_arrow(tmp_path / "data" / name).to_pylist() for name in
                   ("train", "val"))
-    rows = {str(Path(row["File"]).relative_to(tmp_path)): row for row in train + val}
+    rows = {os.path.relpath(row["File"], tmp_path): row for row in train + val}
     assert not {row["Subject"] for row in train} & {row["Subject"] for row in val}
     for name, value in expected.items():
         if isinstance(value, dict):
@@ -1805,7 +1803,6 @@ SERIES_FAULTS = {   # what the line says of sub-01's file, and what is in it
     "parcels .*without a column: a; .*no parcel there: 0.3": cells(X, ["0.3", *"bcd"]),
     "parcels .*without a column: d; .*no parcel there: none": cells(X[:, :3], "abc"),
     "parcels .*without a column: none; .*no parcel there: fd": cells(MORE, [*"abcd", "fd"]),
-    "parcels .*without a column: none; .*no parcel there: a": cells(MORE, "abcda"),
     "5 columns for 4 parcels": cells(MORE, ""),
     "4 rows of 40 for 4 parcels: transposed": cells(X.T, ""),
     "4 rows of 5 for 4 parcels: transposed": "".join(
@@ -1820,7 +1817,7 @@ COORDS_FAULTS = {
     "row 2, column x: '1,234', need": "x;y;z\n1,234;2;3\n-1;-2;-3\n",
     "column ROI Name: a names several parcels": ATLAS.replace("b", "a")}
 PEOPLE_FAULTS = {
-    "3 of 3 .*participant_id is A1": "participant_id\tage\nA1\t30\n",
+    "3 of 3 .*.A1.": "participant_id\tage\nA1\t30\n",
     "need a column participant_id.*found id, age": "id\tage\n01\t3\n",
     "row 3 lacks participant_id": "participant_id\tage\n01\t3\nn/a\t4\n",
     "need rows .*no column twice: age": "participant_id\tage\tage\n01\t3\t4\n"}
@@ -1828,11 +1825,8 @@ FILES_FAULTS = {    # what the line says, and a file more
     "sub-00_timeseries.npy: .*pickle": np.array([{}]),
     "sub-00_timeseries.npy: complex128 of shape": X + 1j,
     "sub-04_timeseries.npy: 4 rows of 40 for 4 parcels: transposed": X.T,
-    "sub-00_timeseries.tsv.gz: a pointer of git-annex": "/annex/objects/MD5E-s12--1",
-    "sub-00_timeseries.npy: a pointer .*git-lfs": "version https://git-lfs.github.com/spec/v1\n",
     "sub-00_timeseries.tsv: .*No such file": partial(os.symlink, ".git/annex/objects/x"),
     "sub-01/sub-02_timeseries.npy: who is it.*--subject_pattern": X,
-    "sub-01_sub-02_timeseries.npy: who is it": X,
     "ses-1/sub-01_ses-2_timeseries.npy: who is it": X,
     "sub-NYU_00500_timeseries.npy: who is it.*--subject_pattern .* for sub-NYU_00500": X,
     "100307/timeseries.npy: who is it.* for 100307": X}
@@ -1843,10 +1837,9 @@ WRONG = [
     *(({told.split(": ")[0]: content}, [], told) for told, content in FILES_FAULTS.items()),
     ({"sub-1_timeseries.npy": X}, [], "sub-01 and sub-1: one person or two"),
     ({"participants.tsv": EXCEL.replace("sub-02", "01")}, [], f"{ONE}: age .* is 21.5 and 70"),
-    ({ONE: cells(X, "bacd"), "coords.csv": NAMELESS}, [],
-     f"{TWO}: columns are named a, b, c ..., in .*{ONE} b, a, c"),
-    ({ONE: cells(X, ""), "coords.csv": NAMELESS}, [], f"{TWO}: columns .*, in .*{ONE} none"),
-    ({"a.mat": ""}, ["--pattern=*.mat"], ".tsv .csv .txt .1D .npy .ptseries.nii.*: there is a.mat"),
+    (NAMELESS | {ONE: cells(X, "bacd")}, [], f"{TWO}: columns .* a, b, c ..., in .*{ONE} b, a, c"),
+    (NAMELESS | {ONE: cells(X, "")}, [], f"{TWO}: columns .*, in .*{ONE} none"),
+    ({"a.mat": ""}, ["--pattern=*.mat"], ".tsv .csv .txt .1D .npy .ptseries.nii: there is a.mat"),
     *(({}, flags.split(), told) for flags, told in {
         "--pattern *.nii": "--pattern '.*.nii' .*: there is sub-01_task.*tsv, motion.tsv, sub-02",
         "--pattern sub-01*series.tsv": "1 files .* of 1 people .sub-01.: need two people",
@@ -1910,8 +1903,7 @@ def test_columns_may_be_of_numpy_torch_and_pandas(tmp_path):
         robust_scale(table)
 
 def test_robust_scale_never_writes_nan():
-    recording = np.float64(numbers(60, 2))
-    recording[:, 0] *= 5e307
+    recording = np.float64(numbers(60, 2)) * [5e307, 1]
     with pytest.warns(UserWarning, match="parcels 0 "):
         assert np.isfinite(robust_scale(recording, nan="zero")).all()
 
@@ -1921,11 +1913,8 @@ from nilearn.maskers import NiftiLabelsMasker
 from nilearn.plotting import find_parcellation_cut_coords
 rng, affine = np.random.default_rng(0), np.diag([4, 4, 4, 1])
 affine[:3, 3] = -24
-atlas = np.zeros((12, 12, 12), dtype=np.int16)
-corners = (2, 2, 2), (2, 2, 8), (2, 8, 2), (8, 2, 2), (8, 8, 2), (8, 8, 8)
-for k, (x, y, z) in enumerate(corners, start=1):
-    atlas[x:x + 2, y:y + 2, z:z + 2] = k
-atlas = nibabel.Nifti1Image(atlas, affine)
+blocks = np.kron(np.arange(8).reshape(2, 2, 2), np.ones((6, 6, 6)))
+atlas = nibabel.Nifti1Image(blocks.astype(np.int16), affine)
 for k in range(4):
     bold = 100 + rng.standard_normal((12, 12, 12, 60)) + rng.standard_normal(60).cumsum()
     nibabel.save(nibabel.Nifti1Image(bold.astype(np.float32), affine), f"sub-{k}_bold.nii")
@@ -1941,15 +1930,14 @@ write_dataset("coords", dict(zip("XYZ", xyz.T)))
 from brainlm import BrainLM, BrainLMRegressor, main, torch
 flags = ("--train_dataset_path train --val_dataset_path val --coords_dataset_path coords "
          "--recording_col_name Recording --max_steps 2 --device cpu --dtype float32")
-main(f"pretrain {flags} --output_dir pretrained --num_timepoints_per_voxel 40 "
-     "--hidden_size 32".split())
-main(f"finetune {flags} --output_dir tuned --model_name_or_path pretrained "
-     "--variable_of_interest_col_name Age".split())
+main(f"pretrain {flags} --output_dir first --num_timepoints_per_voxel 40 --hidden_size 32".split())
+flags += " --model_name_or_path first --variable_of_interest_col_name Age"
+main(f"finetune {flags} --output_dir tuned".split())
 #
 signal, xyz = torch.tensor(scaled[3][None, :40]), torch.tensor(xyz, dtype=torch.float32)
 with torch.no_grad():
     print("age", BrainLMRegressor.from_pretrained("tuned")(signal, xyz).item())
-    forecast = BrainLM.from_pretrained("pretrained").forecast(signal[:, :20], xyz, 20)
+    forecast = BrainLM.from_pretrained("first").forecast(signal[:, :20], xyz, 20)
 _ = plt.plot(forecast[0])
 """
 
