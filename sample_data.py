@@ -42,10 +42,9 @@ HF_NAMES = {pa.string(): "string", pa.bool_(): "bool", pa.null(): "null",
 def write_dataset(folder, columns, num_shards=1, rows_per_batch=16):
     """Write `columns`, a dict of name -> one value per row, as save_to_disk of `datasets` does.
 
-    A column of 2-D arrays, (timepoints, parcels) each, keeps its dtype; lengths may differ. Any
-    other column holds strings, ints, floats or bools, with None, NaN or masked where a value is
-    missing. Arrays may be of numpy, torch or pandas. An older dataset in `folder` is replaced, and
-    only once the new one is complete.
+    A column of arrays (timepoints, parcels), of numpy, torch or pandas, keeps its dtype; lengths
+    may differ. Any other holds strings, ints, floats or bools; None, NaN or masked is missing. An
+    older dataset in `folder` is replaced, and only once the new one is complete.
     """
     folder = Path(folder).resolve()
     columns = {name: [as_numpy(value) for value in as_numpy(values)]
@@ -369,14 +368,13 @@ FORMATS = ".tsv .csv .txt .1D .npy .ptseries.nii"  # in any case, each with or w
 FORMAT = re.compile(rf"({'|'.join(map(re.escape, FORMATS.split()))})(\.gz)?$", re.IGNORECASE)
 MISSING = r"(?i)^\s*(n/a|na|nan|null|none)?\s*$"  # a cell without a value
 BIDS = "(sub-[0-9A-Za-z]+)(_(?!sub-)[a-z]+-[^_]+)*(_[a-z]+[0-9]?)?"  # person, entities, suffix
-PARCEL_COLUMNS = {"network": "Network", "network_label": "Network", "label": "Label",
-                  "roi name": "Label"}
+XCP_D = {"network_label": "Network", "roi name": "Label"}  # what its atlases call these columns
 WINDOW, PATCH, FEW = 200, 20, 80  # of brainlm.py: timepoints; recordings for 200 steps in 5 epochs
 
 def make_files_data(input_dir, coords, participants, output_dir, pattern, subject_pattern, header,
                     val_share, min_timepoints, tr, seed):
     """Write {train,val,coords} from files of (timepoints, parcels) each; arguments as the flags."""
-    if not 0 < val_share < 1 or min_timepoints < PATCH or tr is not None and tr <= 0:
+    if not 0 < val_share < 1 or min_timepoints < PATCH or tr is not None and not tr > 0:
         raise ValueError(f"--val_share is {val_share}, --min_timepoints {min_timepoints}, --tr "
                          f"{tr}: need a share between 0 and 1, {PATCH} or more, more than 0")
     parcels, labellings = read_parcels(Path(coords))
@@ -407,8 +405,7 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, subjec
         raise ValueError(f"{told}: need two people, to train and to validate on")
     print(told)
     if subject_pattern and len(subjects) >= len(rows) - 1:
-        print(f"note: --subject_pattern finds {len(subjects)} people in {len(rows)} files: is "
-              "really nobody there twice?")
+        print(f"note: --subject_pattern finds {len(subjects)} people in {len(rows)} files: right?")
     if people:
         absent = sorted(people.keys() - {plain(subject) for subject in subjects})
         told = (f"{participants}: {strangers} of {len(rows)} recordings have no row there, "
@@ -469,7 +466,7 @@ def find_files(folder, pattern, tables):
     return files
 
 def visible_files(folder, seen):
-    """The files below a folder, through links to folders too, no folder twice and none hidden."""
+    """The files below a folder, through links too, but no folder twice and nothing hidden."""
     if folder.resolve() not in seen:
         seen.add(folder.resolve())
         for path in sorted(path for path in folder.iterdir() if path.name[0] != "."):
@@ -583,8 +580,7 @@ def read_series(file, header, labellings, num_parcels):
     rows, columns = cells.shape
     named = any({*labels} in ({*cells[:, 0]}, {*cells[1:, 0]}) for labels in labellings)
     if named or num_parcels in (rows, rows - 1) and columns not in (num_parcels, num_parcels + 1):
-        raise ValueError(f"{rows} rows of {columns} for {num_parcels} parcels: transposed, need a "
-                         "row for each timepoint")
+        raise ValueError(f"{rows} rows of {columns} for {num_parcels} parcels: transposed")
     if cells.dtype == object:
         start = int(has_header(cells, labellings) if header == "auto" else header == "yes")
         counts = np.array_equal(parse(cells[start:, 0])[0], np.arange(len(cells) - start))
@@ -656,8 +652,7 @@ def read_parcels(file):
         if axes == "xyz" and {*"ras"} <= {*short}:
             print(f"note: {file}: x, y, z are read, R, A, S are not")
         if [short.count(axis) for axis in axes] != [1, 1, 1]:
-            raise ValueError("need one column each of x, y, z or R, A, S, in MNI mm; columns are "
-                             f"{', '.join(table)}")
+            raise ValueError(f"need one x, y, z (or R, A, S), in MNI mm; found {', '.join(table)}")
         axes = [table.columns[short.index(axis)] for axis in axes]
         xyz = numbers(table[axes].to_numpy(), axes, first_row=2)
         reach = abs(xyz).max(axis=1)  # of a brain 110 mm, and not all of it is above 0
@@ -666,10 +661,10 @@ def read_parcels(file):
                              "mm, no voxel indices, no metres, none missing")
         parcels, labellings = dict(zip("XYZ", xyz.T)), []
         for name, cells in table.drop(columns=axes).items():
-            kind = PARCEL_COLUMNS.get(name.lower())
+            kind = XCP_D.get(name.lower(), name.title())
             if kind == "Label" and not cells.is_unique:
                 raise ValueError(f"column {name}: {cells.mode()[0]} names several parcels")
-            if kind:
+            if kind in ("Label", "Network"):
                 parcels[kind] = np.where(cells == "", None, cells)
             if cells.is_unique and all(cells) and not (parse(cells)[0] % 1 > 0).any():
                 labellings.append([*cells])
@@ -681,8 +676,7 @@ def read_participants(file):
     with naming(file):
         table = read_columns(file)
         if "participant_id" not in table or {"Subject", "File", RECORDING_COL} & {*table}:
-            raise ValueError("need a column participant_id, and none named Subject or File, found "
-                             f"{listed([*table])}")
+            raise ValueError(f"need participant_id, no Subject and File; found {', '.join(table)}")
         ids = table.pop("participant_id")
         for row in np.flatnonzero(ids == ""):
             raise ValueError(f"row {row + 2} lacks participant_id")
@@ -700,9 +694,9 @@ def said_of(rows, session):
     """{column: value} of a person in a session, None where the participants table lacks it."""
     own = [said for at, said in rows if "" in (at, session) or at == session]
     for name in own[0] if own else []:
-        if len({said[name] for said in own}) > 1:
-            raise ValueError(f"{name} of the person in --participants is {own[0][name]} and "
-                             f"{own[1][name]}: session_id there and ses- in the path tell which")
+        values = sorted({str(said[name]) for said in own})
+        if len(values) > 1:
+            raise ValueError(f"{name} is {listed(values)} in --participants: session_id tells")
     return own[0] if own else None
 
 def main():

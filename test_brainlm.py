@@ -1737,7 +1737,7 @@ SERIES_RIGHT = {    # sub-01's file; what is told; what comes of it
     "no names": (cells(X, ""), "", X),
     "counted": (cells(X, "0123"), "", X),
     "index": (cells(np.c_[TIME, X], ["", *"abcd"]), "", X),
-    "index without a name": (cells(np.c_[TIME, X], ""), "", X),
+    "index without names": (cells(np.c_[TIME, X], ""), "", X),
     "decimal commas": (cells(X, sep=";").replace(".", ","), "", X)}
 FORMATS = {"sub-01_ts.CSV": cells(X, sep=", "), "sub-02_ts.txt": cells(X, "", "  "),
            "sub-03_ts.1D": "# AFNI\n" + cells(X, "", " "), "sub-04_ts.npy": X,
@@ -1771,9 +1771,10 @@ RIGHT = {   # files changed, more flags, what is told, and what comes of it: rec
     **{code: ({"participants.tsv": EXCEL.encode(code)}, [], "", {
         "age": {ONE: 21.5, TWO: 70, THREE: None}, "town": {ONE: "K\u00f6ln", TWO: None}})
        for code in ("utf-8", "utf-8-sig", "utf-16", "latin-1")},
-    "both": ({"coords.csv": "MNI_X,y_mni,Z,R,A,S\n" + 4 * "-1,2,3,7,8,9\n"}, [], "x, y, z are read",
-             {"X": [-1] * 4}),
-    "s": ({"coords.csv": "x;y;z;s\n" + 4 * "-1,5;2;3;7\n"}, [], "", {"X": [-1.5] * 4, "Z": [3] * 4})}
+    "both": ({"coords.csv": "MNI_X,y_mni,Z,R,A,S\n" + 4 * "-1,2,3,7,8,9\n"}, [],
+             "note: .*coords.csv: x, y, z are read", {"X": [-1] * 4}),
+    "s": ({"coords.csv": "x;y;z;s\n" + 4 * "-1,5;2;3;7\n"}, [], "",
+          {"X": 4 * [-1.5], "Z": 4 * [3]})}
 
 @pytest.mark.parametrize("changes, flags, told, expected", RIGHT.values(), ids=RIGHT)
 def test_files_of_a_lab_come_out_right(tmp_path, monkeypatch, changes, flags, told, expected):
@@ -1809,8 +1810,8 @@ SERIES_FAULTS = {   # what the line says of sub-01's file, and what is in it
         f"{name}\t{row}" for name, row in zip("abcd", cells(X[:4].T, "").splitlines(True)))}
 COORDS_FAULTS = {
     "row 4: R, A, S are .7.0, nan, 9.0": ATLAS.replace("8", ""),
-    "need one column .* columns are index, ROI Name, i, j, s": ATLAS.replace("R,A,S", "i,j,s"),
-    "need one column .* columns are x, y, z, x_mni": "x,y,z,x_mni\n1,2,3,-4\n",
+    "need one x, y, z .or R, A, S.*found index, ROI Name, i, j, s": ATLAS.replace("R,A,S", "i,j,s"),
+    "need one x, y, z .*found x, y, z, x_mni": "x,y,z,x_mni\n1,2,3,-4\n",
     "row 4, column S: '9mm', need": ATLAS.replace("9", "9mm"),
     "row 2: R, A, S are .1.0, 2.0, 3.0.: need MNI mm": ATLAS.replace("-", ""),
     "row 2: x, y, z are .0.01, 0.02, 0.03.: need MNI mm": "x,y,z\n.01,.02,.03\n-.01,-.02,-.03\n",
@@ -1818,7 +1819,7 @@ COORDS_FAULTS = {
     "column ROI Name: a names several parcels": ATLAS.replace("b", "a")}
 PEOPLE_FAULTS = {
     "3 of 3 .*.A1.": "participant_id\tage\nA1\t30\n",
-    "need a column participant_id.*found id, age": "id\tage\n01\t3\n",
+    "need participant_id.*found id, age": "id\tage\n01\t3\n",
     "row 3 lacks participant_id": "participant_id\tage\n01\t3\nn/a\t4\n",
     "need rows .*no column twice: age": "participant_id\tage\tage\n01\t3\t4\n"}
 FILES_FAULTS = {    # what the line says, and a file more
@@ -1836,7 +1837,7 @@ WRONG = [
       for told, text in faults.items()),
     *(({told.split(": ")[0]: content}, [], told) for told, content in FILES_FAULTS.items()),
     ({"sub-1_timeseries.npy": X}, [], "sub-01 and sub-1: one person or two"),
-    ({"participants.tsv": EXCEL.replace("sub-02", "01")}, [], f"{ONE}: age .* is 21.5 and 70"),
+    ({"participants.tsv": EXCEL.replace("sub-02", "01")}, [], f"{ONE}: age is 21.5, 70.0 in"),
     (NAMELESS | {ONE: cells(X, "bacd")}, [], f"{TWO}: columns .* a, b, c ..., in .*{ONE} b, a, c"),
     (NAMELESS | {ONE: cells(X, "")}, [], f"{TWO}: columns .*, in .*{ONE} none"),
     ({"a.mat": ""}, ["--pattern=*.mat"], ".tsv .csv .txt .1D .npy .ptseries.nii: there is a.mat"),
@@ -1874,13 +1875,12 @@ def test_without_pandas_one_line_says_how_to_install_it(tmp_path, monkeypatch):
     assert code == 2 and re.fullmatch("sample_data.py: .*: pip install pandas\n", printed)
 
 def test_masked_is_missing_and_complex_numbers_are_refused(tmp_path):
-    signal = np.ma.array(numbers(60, 3), mask=False)
-    signal[4, 1] = np.ma.masked
+    signal = np.ma.array(numbers(60, 3), mask=np.arange(180).reshape(60, 3) == 13)
     ages = np.ma.array([61, 70], mask=[False, True])
     write_dataset(tmp_path / "data", {"R": [signal, numbers(60, 3)], "Age": ages, "n": [*ages]})
     assert column_of(tmp_path / "data", "Age") == column_of(tmp_path / "data", "n") == [61, None]
-    written = np.array(column_of(tmp_path / "data", "R")[0])
-    assert np.array_equal(np.isnan(written), signal.mask) and (written == signal).all()
+    written = column_of(tmp_path / "data", "R")[0]
+    assert np.array_equal(written, signal.filled(np.nan), equal_nan=True)
     with pytest.raises(ValueError, match="^timepoint 4, parcel 1 is nan"):
         robust_scale(signal)
     for refuse in robust_scale, lambda x: write_dataset(tmp_path / "complex", {"R": [x]}):
