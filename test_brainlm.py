@@ -1899,7 +1899,7 @@ def test_columns_may_be_of_numpy_torch_and_pandas(tmp_path):
     expected |= {"name": ["x", None], "score": [None, 3.0]} | dict.fromkeys("RP", tensor.tolist())
     assert {name: column_of(tmp_path / "data", name) for name in expected} == expected
     assert np.array_equal(robust_scale(columns["P"][0]), robust_scale(tensor[0]))
-    with pytest.raises(ValueError, match="need numbers, found"):
+    with pytest.raises(ValueError, match="need numbers .*found"):
         robust_scale(table)
 
 def test_robust_scale_never_writes_nan():
