@@ -448,12 +448,11 @@ def listed(names):
     return ", ".join(names[:3]) + " ..." * (len(names) > 3)
 
 def find_files(folder, pattern, tables):
-    """The files below a folder that a pattern picks, but for `tables`, which hold other things."""
+    """The files below a folder that end in a pattern, whose * is any text, folders too."""
     tables = [Path(table).resolve() for table in tables]
     there = [file for file in visible_files(folder, set()) if file.resolve() not in tables]
-    glob = f"*/{pattern}".replace("**/", "*").lower()  # its * is any text, also of many folders
-    picked = [file for file in there
-              if fnmatch.fnmatch(f"/{file.relative_to(folder).as_posix()}".lower(), glob)]
+    fits = re.compile(fnmatch.translate(f"*/{pattern}".replace("**/", "*")), re.IGNORECASE).match
+    picked = [file for file in there if fits(f"/{file.relative_to(folder).as_posix()}")]
     files = [file for file in picked if FORMAT.search(file.name)]
     others = [file.name for file in picked if file not in files]
     if others:

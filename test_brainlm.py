@@ -1685,9 +1685,8 @@ def cells(x, names="abcd", sep="\t"):
 def ptseries(path):
     """X as CIFTI, its parcels from the last to the first."""
     cifti2 = pytest.importorskip("nibabel").cifti2
-    left = "CIFTI_STRUCTURE_CORTEX_LEFT"
-    parcels = cifti2.ParcelsAxis.from_brain_models([
-        (name, cifti2.BrainModelAxis.from_surface([k], 9, left)) for k, name in enumerate("dcba")])
+    model = cifti2.BrainModelAxis.from_surface([0], 9, "CIFTI_STRUCTURE_CORTEX_LEFT")
+    parcels = cifti2.ParcelsAxis.from_brain_models([(name, model) for name in "dcba"])
     cifti2.Cifti2Image(X[:, ::-1], (cifti2.SeriesAxis(0, 2, 40), parcels)).to_filename(path)
 
 X, Y, Z = (np.round(np.float64(numbers(40, 4, seed=k)), 3) for k in range(3))
@@ -1696,8 +1695,8 @@ GAPS, MORE = X * [1, 0, 1, 1], np.c_[X, X[:, 0]]
 GAPS[:3], GAPS[9], GAPS[24:] = GAPS[3], (GAPS[8] + GAPS[10]) / 2, GAPS[23]
 ALL = [f"sub-0{k}/func/sub-0{k}_task-rest_timeseries.tsv" for k in (1, 2, 3)]
 ONE, TWO, THREE = ALL
-EARLIER, LATER = (f"sub-01/ses-{k}/sub-01_ses-{k}_ts.npy" for k in (1, 2))
-CIFTI, LINKED = "sub-04_timeseries.ptseries.nii", "ses-1/func/sub-04_timeseries.TSV"
+TIMES = [f"sub-0{k}/ses-{s}/sub-0{k}_ses-{s}_ts.npy" for k, s in ((1, 1), (1, 2), (2, 3))]
+CIFTI, LINKED = "sub-04_timeseries.ptseries.nii", "ses-1/func/sub-04_timeseries.npy"
 ATLAS = "index,ROI Name,R,A,S\n11,a,1,2,3\n12,b,4,5,6\n13,c,7,8,9\n14,d,-1,-2,-3\n"
 NAMELESS = {"coords.csv": "x,y,z\n1,2,3\n4,5,6\n7,8,9\n-1,-2,-3\n"}
 PEOPLE = "participant_id\tage\tborn\nsub-01\t21\t1999-12-31\n02\tn/a\tn/a\n"
@@ -1711,9 +1710,9 @@ def lab(folder, changes):
     for name, content in (files | changes).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write.get(type(content), lambda path, make: make(path))(folder / name, content)
-    return ["--source", "files", "--input_dir", str(folder), "--output_dir", str(folder / "data"),
-            "--coords", str(folder / "coords.csv"), "--min_timepoints", "20",
-            "--participants", str(folder / "participants.tsv"), "--pattern", "*timeseries*"]
+    return ["--source=files", f"--input_dir={folder}", f"--output_dir={folder}/data",
+            f"--coords={folder}/coords.csv", f"--participants={folder}/participants.tsv",
+            "--min_timepoints=20", "--pattern=*timeseries*"]
 
 def files_here(line, monkeypatch):
     """sample_data.py with these flags: exit status and what it printed."""
@@ -1756,18 +1755,15 @@ RIGHT = {   # files changed, more flags, what is told, and what comes of it: rec
                 dict.fromkeys(FORMATS, X)),
     "cifti": ({CIFTI: ptseries}, [], "", {CIFTI: X}),
     "hidden files and links": (
-        {".ipynb_checkpoints/sub-01_timeseries.tsv": "", "sub-01/._sub-01_timeseries.tsv": b"\0",
-         ".x/" + LINKED: cells(X), "sub-04": partial(os.symlink, ".x"),
+        {".x/" + LINKED: X, "sub-04": partial(os.symlink, ".x"), "sub-01/._timeseries.tsv": b"\0",
          "sub-01/all": partial(os.symlink, "..")},
-        ["--pattern=sub-*/**/func/*timeseries.tsv"], "4 files fit", {"sub-04/" + LINKED: X}),
-    "people by a pattern": (
-        {"participants.tsv": "participant_id\nA_1\n", "10/rest_1/a_ts.npy": X, "A_1/a_ts.npy": X},
-        ["--subject_pattern=^([^/]+)/.*a_", "--pattern=*/a_ts*"], "note: .* 2 people in 2",
-        {"Subject": {"10/rest_1/a_ts.npy": "10", "A_1/a_ts.npy": "A_1"}}),
-    "sessions": (
-        {EARLIER: X, LATER: X, "sub-02_ses-3_ts.npy": X, "participants.tsv":
-         "participant_id\tsession_id\tage\n01\tses-1\t21\n01\t02\t22\n02\tn/a\t30\n"},
-        ["--pattern", "*_ts*"], "", {"age": {EARLIER: 21, LATER: 22, "sub-02_ses-3_ts.npy": 30}}),
+        ["--pattern=sub-*/**/func/*timeseries.*"], "4 files fit", {"sub-04/" + LINKED: X}),
+    "pattern": ({"participants.tsv": "participant_id\nA_1\n", "10/r_1/a.npy": X, "A_1/a.npy": X},
+                ["--subject_pattern=^([^/]+)/.*a", "--pattern=*/a.*"], "note: .* 2 people in 2",
+                {"Subject": {"10/r_1/a.npy": "10", "A_1/a.npy": "A_1"}}),
+    "sessions": (dict.fromkeys(TIMES, X) | {"participants.tsv":
+        "participant_id\tsession_id\tage\n01\tses-1\t21\n01\t02\t22\n02\tn/a\t30\n"},
+        ["--pattern=*_ts*"], "", {"age": dict(zip(TIMES, (21, 22, 30)))}),
     **{code: ({"participants.tsv": EXCEL.encode(code)}, [], "", {
         "age": {ONE: 21.5, TWO: 70, THREE: None}, "town": {ONE: "K\u00f6ln", TWO: None}})
        for code in ("utf-8", "utf-8-sig", "utf-16", "latin-1")},
