@@ -11,7 +11,6 @@ import argparse
 import ast
 import contextlib
 import errno
-import fnmatch
 import gzip
 import hashlib
 import importlib.util
@@ -448,13 +447,13 @@ def listed(names):
     return ", ".join(names[:3]) + " ..." * (len(names) > 3)
 
 def find_files(folder, pattern, tables):
-    """The files below a folder that end in a pattern, whose * is any text, folders too."""
+    """The files below a folder that end in a pattern, in which **/ is up to 8 folders."""
     tables = [Path(table).resolve() for table in tables]
     there = [file for file in visible_files(folder, set()) if file.resolve() not in tables]
-    fits = re.compile(fnmatch.translate(f"*/{pattern}".replace("**/", "*")), re.IGNORECASE).match
-    picked = [file for file in there if fits(f"/{file.relative_to(folder).as_posix()}")]
+    patterns = [pattern.replace("**/", "*/" * folders) for folders in range(9)]
+    picked = [file for file in there if any(map(file.relative_to(folder).match, patterns))]
     files = [file for file in picked if FORMAT.search(file.name)]
-    others = [file.name for file in picked if file not in files]
+    others = [file.name for file in picked if not FORMAT.search(file.name)]
     if others:
         print(f"{len(others)} files are left out, not of {FORMATS} (.gz): {listed(others)}")
     if not files:
