@@ -504,6 +504,9 @@ def plain(label):
 
 def read_bytes(file):
     """The content of a file, unpacked."""
+    with open(file, "rb") as start:
+        if start.read(20).startswith((b"version https://git-", b"/annex/objects/")):
+            raise ValueError("a pointer of git-lfs or git-annex: fetch the file that it stands for")
     with (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rb") as content:
         return content.read()
 
