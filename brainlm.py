@@ -599,7 +599,7 @@ import sys
 import textwrap
 import time
 from dataclasses import asdict, fields
-from functools import partial
+from functools import cache, partial
 from typing import Callable
 
 import torch.distributed as dist
@@ -668,8 +668,8 @@ def open_numbers(table, name, path):
             value = value.as_py()
             if str(value).strip().lower() not in ("none", "", "n/a", "na", "nan"):
                 numbers[row] = float(value)
-            if np.isinf(numbers[row]):
-                raise ValueError(f"it is {numbers[row]}")
+            if np.isinf(numbers[row]) or "_" in str(value):         # 1_000 is Python's, nobody's
+                raise ValueError(f"it is {value!r}")
     return numbers
 
 def as_text(column):
@@ -701,7 +701,8 @@ def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples
     timepoints; num_parcels: None for as many as the first timepoint has."""
     where, odd = f"{path}: column {recording_col!r}", []
     refuse_pointers(*Path(path).glob("*.arrow"))
-    with refusing(f"{where} must hold (timepoints, parcels), lists of lists of numbers"):
+    with refusing(f"{where} must hold (timepoints, parcels), lists of lists of numbers, in one row "
+                  "or more"):
         dataset = RecordingDataset(path, recording_col, max_samples)
         kind = dataset.values.type
         if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
@@ -867,7 +868,7 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
             model, info = super().from_pretrained(*names, output_loading_info=True, **settings)
             missing = [*info["missing_keys"], *info["mismatched_keys"]]
             if missing:
-                raise BadInput(f"{names[0]} has no weights that fit {missing[0]}")
+                raise BadInput(f"there are no weights, or of another shape, for {missing[0]}")
             return (model, info) if output_loading_info else model
 
         def __getattr__(self, name):
@@ -1208,7 +1209,7 @@ def attention(model, signal, xyz, layer, mask=None):
     looking at: it builds the S x S matrix that training avoids."""
     B, T, V = signal.shape
     N = T // model.config.timepoint_patching_size
-    hidden = torch.zeros(B, N, V, dtype=torch.bool) if mask is None else mask.cpu()
+    hidden = torch.zeros(B, N, V, dtype=torch.bool) if mask is None else mask.cpu().expand(B, N, V)
     index, counts = visible_tokens(hidden)
     x, position = model.tokens(signal, xyz, mask)
     for earlier in model.layers[:layer]:
@@ -1278,12 +1279,13 @@ def open_data(args, T):
                            (args.val_dataset_path, args.max_eval_samples)))
     print(f"data: {len(train_set)} training and {len(val_set)} validation recordings, {len(xyz)} "
           f"parcels, windows of {T}")
-    both = set.intersection(*(
-        set(dataset.table["Subject"].to_pylist() if "Subject" in dataset.table.column_names
-            else [Path(dataset.path).resolve()]) for dataset in (train_set, val_set)))
-    if both:                                    # people, or folders where these are not named
-        print(f"note: {min(map(str, both))} ({len(both)} in all) is in the training and in the "
-              "validation data: scores tell nothing of new people")
+    both = set.intersection(*({str(Path(dataset.path).resolve())}  # people; unnamed: folders
+                              if dataset.table.column_names.count("Subject") != 1 else
+                              {*map(str, dataset.table["Subject"].to_pylist())} - {"None"}
+                              for dataset in (train_set, val_set)))
+    if both:
+        print(f"note: {min(both)} ({len(both)} in all) is in the training and in the validation "
+              "data: scores tell nothing of new people")
     return Data(xyz.to(device), networks, train_set, val_set, autocast=autocast,
                 batch_size=args.per_device_eval_batch_size)
 
@@ -1576,6 +1578,7 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
 
+@cache
 def comments_of(config_class):
     """{field: the comment behind it}; {} where this file is no file."""
     with contextlib.suppress(OSError, TypeError):
