@@ -50,7 +50,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": tempfile.mkdtemp()}   # no netw
 REPOSITORY = Path(brainlm.__file__).parent
 SOURCE = (REPOSITORY / "brainlm.py").read_text()
 PART_I = SOURCE[:SOURCE.index("# Part II: the program")]
-README = (REPOSITORY / "README.md").read_text()
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 README_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 torch.set_num_threads(1)    # the tensors here are tiny: more threads would only wait for each other
 
@@ -350,7 +350,7 @@ def names_in(code):
     return set(code.co_names).union(*inner)
 
 def test_part_1_alone_in_a_notebook_cell_trains_as_the_readme_does(tmp_path, monkeypatch):
-    assert len(PART_I.splitlines()) <= 600 and max(map(len, SOURCE.splitlines())) <= 100
+    assert len(PART_I.splitlines()) <= 590 and max(map(len, SOURCE.splitlines())) <= 100
     cell = vars(types.ModuleType("notebook"))           # no file, and nothing of Part II
     exec(PART_I, cell)
     assert not names_in(compile(PART_I, "cell", "exec")) & (set(vars(brainlm)) - set(cell))
@@ -358,7 +358,8 @@ def test_part_1_alone_in_a_notebook_cell_trains_as_the_readme_does(tmp_path, mon
     make_sample_data("sample_data", num_train=8, num_val=1, num_timepoints=120)
     twenty_steps = next(block for block in README_BLOCKS if "train(" in block)
     small = "BrainLMConfig(60, hidden_size=64, num_hidden_layers=2, forward_mask_prob=0.0)"
-    for slow, quick in ("from brainlm import *", ""), ("BrainLMConfig()", small):
+    for slow, quick in ("import brainlm\n", ""), ("from brainlm import *", ""), (
+            "BrainLMConfig()", small):
         twenty_steps = twenty_steps.replace(slow, quick)
     exec(twenty_steps, cell)
     signal, mask = cell["pretraining_batch"](cell["dataset"], cell["config"], 0, range(99, 109), 0)
@@ -858,7 +859,7 @@ def test_what_the_hub_would_leave_uninitialised_is_refused(uninterrupted, tmp_pa
     _, info = auto(folder, output_loading_info=True)
     assert not info["missing_keys"]
     for named in {"num_hidden_layers": 3}, wider, {"model_class": "BrainLMRegressor"}:
-        with pytest.raises(module.BadInput, match="run has no weights that fit .*model"):
+        with pytest.raises(module.BadInput, match="no weights, or of another shape, for .*model"):
             auto(folder, **named)
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
@@ -1739,8 +1740,36 @@ def test_every_python_block_of_the_readme_runs_in_order(tmp_path, monkeypatch):
     BrainLMRegressor(BrainLMConfig(hidden_size=32)).save_pretrained("runs/finetune")
     names = {}
     for block in README_BLOCKS:
-        exec(block, names)
+        exec(block.replace("num_steps=20", "num_steps=2"), names)
     assert names["forecast"].shape == (1, 40, 20) and Path("my_data/train/state.json").exists()
+
+def test_every_exercise_of_the_readme_changes_what_is_learned(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_sample_data("sample_data", num_train=4, num_val=1, num_parcels=12, num_timepoints=60)
+    notebook = next(block for block in README_BLOCKS if "def train_again" in block)
+    notebook = notebook.replace("BrainLMConfig()", "BrainLMConfig(60, hidden_size=64)").replace(
+        "num_steps=20", "num_steps=3")
+    exercises = re.findall(r"```py\n([^`]*train_again\(\)\n)```", README)
+    assert len(exercises) == 5
+    printed = set()
+    for exercise in "", *exercises:
+        module = vars(brainlm).copy()
+        exec(notebook, names := {})
+        capsys.readouterr()
+        torch.manual_seed(0)
+        exec(exercise or "train_again()", names)
+        printed.add(capsys.readouterr().out)
+        vars(brainlm).update(module)
+    assert len(printed) == 1 + len(exercises), "six different courses of the loss"
+
+def test_the_tables_of_the_readmes_are_those_that_commands_wrote(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    results = importlib.import_module("results")
+    numbers = json.loads((REPOSITORY / "benchmarks/results.json").read_text())
+    for readme in results.READMES:
+        text = readme.read_text(encoding="utf-8")
+        assert results.with_tables(text, numbers) == text, f"python benchmarks/results.py: {readme}"
+    assert results.with_tables(README, numbers).count("<!-- results:") == 2
 
 def test_the_readmes_trainer(data, uninterrupted, tmp_path, monkeypatch):
     for package in "transformers", "accelerate":
