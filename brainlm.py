@@ -1,15 +1,16 @@
 """BrainLM in one file: a foundation model for brain activity (fMRI), to read, run and trust.
 
-A recording is a matrix (timepoints, parcels): for each of, say, 424 regions of a brain the oxygen
-in its blood (BOLD), which follows neural activity by seconds, scaled to median 0, interquartile
-range 1. The model hides three quarters of a window of 200 timepoints and learns to fill them in;
-what it learns predicts age or clinical scores. After Ortega Caro et al., BrainLM, ICLR 2024:
-https://openreview.net/forum?id=RwI7ZEfR27
+A recording is a matrix (timepoints, parcels): for each of, say, 424 regions (parcels) of a brain
+the oxygen in its blood (BOLD), which follows neural activity by seconds, scaled to median 0 and
+interquartile range 1. The model hides, say, three quarters of a window of 200 timepoints and learns
+to fill them in; what it learns predicts age or clinical scores. After Ortega Caro et al., BrainLM,
+ICLR 2024: https://openreview.net/forum?id=RwI7ZEfR27
 
 Part I is the lesson (sections 1 to 9; it runs alone in a notebook cell), Part II the program.
 
 Shapes: B batch, T timepoints, V parcels, P patch length, N = T / P temporal tokens, H hidden size,
-D = H / heads, S = 1 + N * V sequence length. "Temporal token n": the n-th patch of all parcels.
+D = H / heads, S = 1 + N * V sequence length (1: CLS, a token of no parcel, which reads all the
+others). "Temporal token n", or "patch n": the n-th patches of all parcels.
 """
 
 import hashlib
@@ -48,8 +49,8 @@ class BrainLMConfig:
     loss_fn: str = "mse"                      # or "mae", which outliers move less
 
     def __post_init__(self):
-        if self.num_attention_heads is None:    # half of them look around in space, half back in
-            # time (see the appendix); few, since a head has D = H / heads numbers to tell places by
+        if self.num_attention_heads is None:    # half start out looking around in space, half back
+            # in time (see the appendix); few: a head has D = H / heads numbers to tell places by
             even = range(2, max(2, self.hidden_size // 64) + 1, 2)
             self.num_attention_heads = max([n for n in even if self.hidden_size % n == 0] + [2])
         if self.intermediate_size is None:
@@ -60,7 +61,7 @@ class TrainingConfig:
     """How a model is trained. Each field is a flag of `pretrain` and of `finetune`."""
     per_device_train_batch_size: int = 2      # windows a process takes at once
     gradient_accumulation_steps: int = 1      # batches that make one step
-    learning_rate: float = 2e-3               # after warm-up
+    learning_rate: float = 2e-3               # its peak, at the end of the warm-up
     weight_decay: float = 0.1                 # of matrices alone
     warmup_ratio: float = 0.05                # share of the steps in which the rate rises
     seed: int = 0                             # of all that is random
@@ -82,7 +83,7 @@ def seeded_generator(seed, stream, number):
     No draw depends on what was drawn before. So a run that was stopped goes on as if it had not
     been, and any number of processes together draws what one would."""
     digest = hashlib.sha256(f"{seed}, {stream}, {number}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))   # torch takes 32 bits
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))   # it uses 32 bits
 
 def read_arrow(path):
     """The dataset in a folder as a pyarrow.Table. state.json lists its files, which are Arrow IPC
@@ -149,7 +150,7 @@ class RecordingDataset:
             raise BadInput(f"{self.path}: column {self.recording_col!r}: row {row} has {length} "
                            f"timepoints: there is no window of {T} from timepoint {start} on")
         values = self.values.slice((int(self.starts[row]) + start) * V, T * V)
-        return values.chunk(0).to_numpy(zero_copy_only=False).reshape(T, V)  # is in one chunk
+        return values.chunk(0).to_numpy(zero_copy_only=False).reshape(T, V)  # a row is in one chunk
 
     def __getitem__(self, row):
         """A whole recording, float32 [timepoints, V]."""
@@ -195,7 +196,7 @@ class SpatialEncoding(nn.Module):
         self.linear = nn.Linear(3 * 2 * 8, hidden_size)            # axes x sine, cosine x octaves
 
     def forward(self, xyz):
-        # From 256 mm, which spans a brain once, down to 2 mm, which tells any two parcels apart.
+        # From 256 mm, longer than any brain, down to 2 mm, shorter than any parcel is wide.
         wavelengths = 256.0 / 2 ** torch.arange(8, device=xyz.device)
         angles = 2 * math.pi * xyz.float()[:, :, None] / wavelengths            # [V, 3, 8]
         waves = torch.cat([angles.sin(), angles.cos()], dim=2)                  # [V, 3, 16]
@@ -203,7 +204,7 @@ class SpatialEncoding(nn.Module):
 
 def temporal_encoding(N, hidden_size, device=None):
     """When a patch is: the sinusoid of Vaswani et al. 2017, section 3.5, [N, H]. Their base 10,000
-    is for thousands of words: over tens of patches nearly all waves would stand still. Here 100."""
+    is for thousands of words: over ten patches two waves in three would stand still. Here 100."""
     place = torch.arange(N, device=device)[:, None]                             # [N, 1]
     exponent = -torch.arange(0, hidden_size, 2, device=device) / hidden_size    # [H / 2], 0 to ~ -1
     angles = place * 100.0 ** exponent                                          # [N, H / 2]
@@ -222,44 +223,44 @@ def random_mask(B, N, V, mask_ratio, generator=None):
     return mask.scatter_(2, order[:, :, :num_hidden], True)
 
 def forward_mask(B, N, V):
-    """bool [B, N, V], True = hidden: the last temporal token of each parcel. To fill it in is to
-    forecast, since nothing reads the future."""
+    """bool [B, N, V], True = hidden: the last temporal token. To fill it in is to forecast, since
+    no parcel's token reads the future."""
     mask = torch.zeros(B, N, V, dtype=torch.bool)
     mask[:, -1] = True
     return mask
 
 def block_causal_mask(N, V, hidden=None):
-    """Who may read whom (for tests and pictures): bool [S, S], mask[i, j] = token i may read j. The
+    """Who may read whom (for tests and pictures): bool [S, S], may_read[i, j]: token i token j. The
     sequence is [CLS, all parcels' tokens of patch 0, all parcels' tokens of patch 1, ...].
     A parcel's token reads all tokens of its own patch and, of earlier patches, those that `hidden`,
-    bool [N, V], leaves visible: a hidden one was never told anything. It reads no later patch: so
-    one model fills gaps and forecasts. CLS (row 0) reads everything, and no parcel reads CLS
+    bool [N, V], leaves visible: a hidden one brings no signal. It reads no later patch: so one
+    model fills gaps and forecasts. CLS (row 0) reads everything, and no parcel reads CLS
     (column 0): it knows the future, and would hand that to the past from the second layer on."""
     block = torch.arange(N).repeat_interleave(V)                # [N * V]: 0 0 0 1 1 1 ... (V = 3)
     visible = torch.ones(N * V, dtype=torch.bool) if hidden is None else ~hidden.flatten()
     same, earlier = block[:, None] == block, block[:, None] > block              # [N * V, N * V]
-    mask = torch.ones(1 + N * V, 1 + N * V, dtype=torch.bool)
-    mask[1:, 0] = False
-    mask[1:, 1:] = same | earlier & visible
-    return mask
+    may_read = torch.ones(1 + N * V, 1 + N * V, dtype=torch.bool)
+    may_read[1:, 0] = False
+    may_read[1:, 1:] = same | earlier & visible
+    return may_read
 
 # --------------------------------------------------------------------------------------------------
 # 5. Attention under block_causal_mask, without building it
 
 def visible_tokens(mask):
     """What a mask, bool [B, N, V], leaves visible: where among the N * V parcel tokens, int64
-    [B, visible], and how many in each patch, a list of N, the same for all samples."""
+    [B, K], and how many in each patch, a list of N, the same for all samples, as a tensor needs."""
     visible = ~mask
     counts = visible.sum(dim=2)                                                  # [B, N]
     if len(mask) == 0 or (counts != counts[0]).any():
         raise BadInput("a mask must hide as many parcels of a patch in each sample of a batch")
-    index = visible.flatten(1).nonzero()[:, 1]                                   # [B * visible]
+    index = visible.flatten(1).nonzero()[:, 1]                                   # [B * K]
     return index.view(len(mask), int(counts[0].sum())), counts[0].tolist()
 
 def block_causal_attention(q, k, v, V, visible=None):
     """q, k, v and the result [B, heads, S, D]; visible: as of visible_tokens, None for all. All
     tokens of a patch read the same tokens: so there is one dense attention for each patch, which
-    the fast kernels take, and what the mask forbids, more than half, is never computed."""
+    the fast kernels take. What nobody may read, 45% to 80% of all pairs, is never computed."""
     sizes, attend = [1] + [V] * ((q.shape[2] - 1) // V), F.scaled_dot_product_attention
     q_cls, *q_patches = q.split(sizes, dim=2)            # [B, heads, 1, D], [B, heads, V, D] each
     outputs = [attend(q_cls, k, v)]
@@ -270,8 +271,8 @@ def block_causal_attention(q, k, v, V, visible=None):
         return torch.cat(outputs, dim=2)
 
     index, counts = visible
-    index = 1 + index[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])   # 1: after CLS
-    past_k = k.gather(2, index).split(counts, dim=2)     # N of [B, heads, visible tokens, D]
+    index = 1 + index[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])   # [B, heads, K, D]
+    past_k = k.gather(2, index).split(counts, dim=2)     # N of [B, heads, visible in n, D]
     past_v = v.gather(2, index).split(counts, dim=2)
     own_k, own_v = k.split(sizes, dim=2)[1:], v.split(sizes, dim=2)[1:]
     for n, q_n in enumerate(q_patches):
@@ -304,7 +305,7 @@ class Layer(nn.Module):
         in x they mix with content, and who reads whom would blur from layer to layer."""
         q, k, v = self.qkv(self.attention_norm(x)).chunk(3, dim=-1)              # [B, S, H] each
         position_q, position_k = self.position_qk(position).chunk(2, dim=-1)     # [S, H] each
-        # [B, S, H] -> [B, heads, S, D]: each head works on its own D of the H numbers of a token.
+        # [B, S, H] -> [B, heads, S, D]: each head works on its own D of the H numbers.
         return [tensor.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
                 for tensor in (q + position_q, k + position_k, v)]
 
@@ -316,8 +317,8 @@ class Layer(nn.Module):
         return x + self.down(F.gelu(self.up(self.mlp_norm(x)), approximate="tanh"))
 
 class BrainLM(nn.Module):
-    """The backbone: reconstructs a recording from what the mask leaves of it. No parameter depends
-    on V or N: the same weights run on any atlas and any number of patches."""
+    """The backbone: reconstructs a window from what the mask leaves of it. No parameter's shape
+    depends on V or N: the same weights run on any atlas and any number of patches."""
 
     def __init__(self, config):
         super().__init__()
@@ -359,7 +360,7 @@ class BrainLM(nn.Module):
         None. Returns the reconstruction [B, T, V] and the states [B, S, H] behind it, CLS first."""
         V, visible = signal.shape[2], None
         x, position = self.tokens(signal, xyz, mask)                      # [B, S, H], [S, 2 * H]
-        if mask is not None:                    # once for all layers, where the mask is: on the CPU
+        if mask is not None:                    # once for all layers, on the device of the mask
             index, counts = visible_tokens(mask.expand(len(signal), -1, -1))
             visible = index.to(x.device), counts
         for layer in self.layers:
@@ -382,7 +383,7 @@ def pretraining_batch(dataset, config, seed, samples, step):
     windows = [dataset.training_window(n, range(len(dataset)), T, seed) for n in samples]
     coin = seeded_generator(seed, "kind of mask", step)
     if torch.rand((), generator=coin) < config.forward_mask_prob:
-        # Some earlier patches too, the same in all samples, [N, 1]: several forecasts in a window.
+        # Some earlier patches too, [N, 1]: several forecasts; alike in all samples, as counts are.
         mask = forward_mask(B, N, V) | (torch.rand(N, 1, generator=coin) < FORWARD_HIDDEN)
     else:
         mask = torch.cat([random_mask(1, N, V, config.mask_ratio,
@@ -437,10 +438,10 @@ def regression_loss(prediction, target, target_std):
 # 9. Training
 
 class Muon(torch.optim.Optimizer):
-    """Jordan et al. 2024. A gradient G = U S V' (its singular values S tell how long it is in which
-    direction) becomes the step U V': equally long in all directions, so that what few samples agree
-    on is learned as fast as what all do. In float32: bfloat16, which torch.optim.Muon takes, makes
-    a training step five times as long on CPUs without units for it."""
+    """Jordan et al. 2024. A gradient A diag(s) C' (its singular values s tell how long it is in
+    which direction) becomes the step A C', about equally long in all directions, so that what few
+    samples agree on is learned as fast as what all do. In float32: bfloat16, which torch.optim.Muon
+    takes, makes a training step five times as long on CPUs without units for it."""
 
     def __init__(self, matrices, weight_decay):
         super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay})
@@ -455,15 +456,15 @@ class Muon(torch.optim.Optimizer):
             step = matrix.grad.lerp(average, 0.95)                         # Nesterov's momentum
             tall = step.shape[0] > step.shape[1]
             step = step.T if tall else step     # step @ step.T: the smaller of the two products
-            # U V' without finding U and V (Newton-Schulz): a polynomial of odd powers of U S V' is
-            # U p(S) V', and this one, five times, brings all of S from (0, 1] near 1.
-            step = step / (step.norm() + 1e-7)                             # S in (0, 1]
+            # A C' without finding A and C (Newton-Schulz): odd powers of A diag(s) C' change s
+            # alone, and this polynomial, five times, brings s from (0.003, 1] to 0.7 ... 1.2.
+            step = step / (step.norm() + 1e-7)                             # s in [0, 1]
             for _ in range(5):
                 gram = step @ step.T
                 step = 3.4445 * step + (-4.7750 * gram + 2.0315 * gram @ gram) @ step
             step = step.T if tall else step
             matrix.mul_(1 - rate * group["weight_decay"])
-            matrix.sub_(0.2 * rate * math.sqrt(max(matrix.shape)) * step)  # as long as AdamW's
+            matrix.sub_(0.2 * rate * math.sqrt(max(matrix.shape)) * step)  # RMS 0.2, as of AdamW's
 
 def make_optimizers(model, weight_decay):
     """Muon for the layers' matrices, AdamW for the rest. Only matrices decay."""
@@ -513,12 +514,13 @@ def train(model, optimizers, batch_loss, training, num_steps, first_step=0):
 # --------------------------------------------------------------------------------------------------
 # Appendix: the start. Nobody needs it to understand the rest.
 #
-# Kriging in space, autoregression in time, written as attention. What a random network would find
-# out first is known: a parcel is like its neighbours, and goes on as it was going. So half of the
-# heads, spatial ones, average what is near at the same time; the other half, temporal ones, look at
-# the same place one patch ago, and continue it. Without this the same is learned, but later.
+# Kriging (interpolation) in space, autoregression in time, written as attention. What a random
+# network would find out first is known: a parcel is like its neighbours, and goes on as it was
+# going. So even heads, the spatial ones, average what is near at the same time; odd heads, the
+# temporal ones, continue what the same place did one patch ago. Without this the same is learned,
+# but later.
 
-SPATIAL_WHERE, SPATIAL_WHEN = 2.0, 4.0      # lengths of a query's parts: the longer, the choosier.
+SPATIAL_WHERE, SPATIAL_WHEN = 2.0, 4.0      # factors of a query's parts: the larger, the choosier.
 TEMPORAL_WHERE, TEMPORAL_WHEN = 4.0, 3.0    # Spatial heads average, temporal ones want one place;
 CONTENT = 0.2                               # what a token holds decides little at first
 GUESS = 0.6                 # what heads of one kind add in all layers: both kinds say much the same
@@ -541,7 +543,7 @@ def initial_weights(model):
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
     nn.init.normal_(model.cls_token, std=0.02)
-    nn.init.normal_(model.mask_token, std=0.3)          # about as large as where, when and a patch
+    nn.init.normal_(model.mask_token, std=0.3)          # at H = 128 as large as a patch
 
     # A patch is written along P orthonormal directions, and read from them again (about 1.4 times
     # as large, by the LayerNorm between). Nothing else may point there, or the head would print it
