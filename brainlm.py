@@ -693,6 +693,7 @@ def open_coordinates(path):
     if "Network" in table.column_names:
         with refusing(f"{path}: column 'Network' cannot be text"):
             networks = as_text(read_column(table, "Network", path))
+            networks = [None if name == "nan" else name for name in networks]
     reach = np.abs(xyz).max()           # of a brain: 110 mm; and voxel indices are never negative
     if xyz.min() >= 0 or not 12 <= reach <= 200:
         print(f"note: {path}: coordinates up to {reach:.4g} do not look like MNI millimetres")
@@ -749,7 +750,8 @@ def open_target(dataset, column, least):
     if len(np.unique(target[known])) < least:
         raise BadInput(f"{dataset.path}: column {column!r} has fewer than {least} different values")
     if not known.all():
-        print(f"note: {dataset.path}: {(~known).sum()} rows without {column} are left out")
+        print(f"note: {dataset.path}: {(~known).sum()} rows have no {column}: neither learned from "
+              "nor scored")
     return target
 
 # --------------------------------------------------------------------------------------------------
@@ -1099,7 +1101,7 @@ def parcel_distances(model, data):
 def evaluate_networks(model, data):
     """Functional networks without training, {title: {method: {name: score}}}: the share of parcels
     that get their label from their nearest neighbours. Parcels without a label are left out."""
-    labelled = [v for v, name in enumerate(data.networks or []) if name not in (None, "nan")]
+    labelled = [v for v, name in enumerate(data.networks or []) if name is not None]
     labels = [data.networks[v] for v in labelled]
     if not 1 < len(set(labels)) < len(labels):          # nothing to find
         return {}
@@ -1238,8 +1240,8 @@ BrainLM.attention, BrainLM.similarity = attention, similarity
 
 RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
 LAUNCHED = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
-if all(os.environ.get(name) for name in LAUNCHED):      # by torchrun; one left over is nothing
-    RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in LAUNCHED[:3])
+if all(os.environ.get(name) for name in LAUNCHED) and os.environ["WORLD_SIZE"] != "1":
+    RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in LAUNCHED[:3])     # torchrun
 
 def prepare_device(args):
     """The device and a function that makes the autocast context of a batch. Under torchrun it
@@ -1320,7 +1322,8 @@ def read_state(args, config):
         state = torch.load(file, map_location="cpu", weights_only=True)
         before, now = state["args"] | state["config"], vars(args) | asdict(config)
     for name in (*asdict(config), "command", "variable_of_interest_col_name", "freeze_backbone",
-                 "weight_decay"):
+                 "model_name_or_path", "train_dataset_path", "coords_dataset_path",
+                 "recording_col_name", "max_train_samples", "seed", "weight_decay"):
         if before.get(name) != now.get(name):
             raise BadInput(f"{file}: {name} was {before.get(name)} there and is {now.get(name)} "
                            f"now: {anew}")
@@ -1335,10 +1338,17 @@ def run_training(args, model, data, num_recordings, batch_loss):
     samples_per_step = B * accumulation * WORLD_SIZE
     optimizers = make_optimizers(model, training.weight_decay)
     first_step, first_sample, metrics, losses = 0, 0, [], []    # losses: since the last line
-    states = [read_state(args, config) if RANK == 0 and prepare_folder(args) else None]
+    states = [None]
+    try:
+        if RANK == 0 and prepare_folder(args):
+            states = [read_state(args, config)]
+    except (BadInput, OSError) as error:
+        states = [error]
     if WORLD_SIZE > 1:                          # rank 0 may be the only one to see the folder
         dist.broadcast_object_list(states)
     state = states[0]
+    if isinstance(state, Exception):
+        raise state
     if state:
         with refusing(f"{folder / 'training_state.pt'} does not fit (--overwrite_output_dir?)"):
             model.load_state_dict(state["model"])
@@ -1415,6 +1425,7 @@ def report(args, model, data, folder, num_steps=None):
     print(markdown(tables), flush=True)
     if RANK > 0:
         return
+    folder.mkdir(parents=True, exist_ok=True)
     if tables:                                  # none: nobody has a target, the older ones stay
         content = to_json({"args": vars(args), "tables": tables}, indent=2)
         write_atomically(folder / "evaluation.json", content)
@@ -1522,7 +1533,6 @@ def evaluate(args):
     name = args.model_name_or_path
     source = model_folder(name)
     folder = Path(args.output_dir or (name if Path(name).is_dir() else f"runs/{name}"))
-    folder.mkdir(parents=True, exist_ok=True)
     model = from_pretrained(nn.Module, source, **settings_of(BrainLMConfig, vars(args)))
     data = open_data(args, model.config.num_timepoints_per_voxel)
     model.to(data.xyz.device)
@@ -1547,8 +1557,8 @@ class DataConfig:
     recording_col_name: str = "Voxelwise_RobustScaler_Normalized_Recording"  # (timepoints, parcels)
     max_train_samples: int = None             # use only the first training recordings
     max_eval_samples: int = None              # use only the first validation recordings
-    model_name_or_path: str = None            # start from this run folder, or user/name on the Hub
-    output_dir: str = None                    # what comes out; a run that was stopped goes on there
+    model_name_or_path: str = None            # a run folder, or user/name on the Hub, to start from
+    output_dir: str = None                    # what comes out; None: where the model is
     device: str = "auto"                      # cpu, cuda, mps; auto: the fastest there is
     dtype: str = "auto"                       # float32, bfloat16; auto: bfloat16 on CUDA alone
     per_device_eval_batch_size: int = 8       # windows to evaluate at once
@@ -1659,7 +1669,8 @@ def main(arguments=None):
         print("error:", textwrap.shorten(str(error), 500, placeholder=" ..."), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\nstopped; without --overwrite_output_dir the same command goes on from the last "
+              "checkpoint", file=sys.stderr)
         sys.exit(130)                                   # as shells expect after Ctrl-C
 
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook cell

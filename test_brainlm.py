@@ -1082,8 +1082,8 @@ def test_networks_are_those_of_parcels_with_a_label_and_alike_states(tmp_path, m
         assert table["functional connectivity"]["accuracy"] < 1
     monkeypatch.setattr(brainlm, "MAX_WINDOWS", 3)
     windows.clear()
-    assert len(networks(["nan", *"aaaabbbbcccc"])) == 1 and len(windows) == 3
-    for labels in ["a"] + [None] * 12, ["a"] * 13, [*"abcdefghijklm"], ["a"] + ["nan"] * 12, None:
+    assert len(networks([None, *"aaaabbbbcccc"])) == 1 and len(windows) == 3
+    for labels in ["a"] + [None] * 12, ["a"] * 13, [*"abcdefghijklm"], None:
         assert networks(labels) == {}, "nothing to find"
 
 def test_embed_attention_and_similarity_are_of_the_states_and_weights_of_training():
@@ -1384,7 +1384,7 @@ def test_finetune_takes_another_atlas_and_rows_without_a_target(data, tmp_path, 
     table, = tables(tmp_path / "run").values()
     assert set(table) == {"BrainLM", "training mean", "ridge on functional connectivity"}
     assert set(table["BrainLM"]) == {"MAE", "MSE", "R2", "r"}
-    assert all(text in printed for text in ("2 rows without Age are left out", *table))
+    assert all(text in printed for text in ("2 rows have no Age", *table))
     model = load(tmp_path / "run")
     assert model.target_mean == 57 and 40 < model(*tiny_input(B=1, T=T, V=5)).item() < 75
 
@@ -1445,7 +1445,7 @@ def test_predictions_are_means_over_the_windows_of_each_recording(data, tmp_path
     text = (run / "predictions.csv").read_text()
     printed = run_here(words("evaluate", data, None, val, f"--model_name_or_path={run}"))
     assert (run / "predictions.csv").read_text() == text
-    assert "1 rows without Age" in printed
+    assert "1 rows have no Age" in printed
     assert tables(run) == {"Age, 2 validation recordings": table}
 
 @pytest.mark.parametrize("columns", [
@@ -1458,7 +1458,7 @@ def test_evaluate_predicts_where_nobody_has_the_target(data, uninterrupted, tmp_
     line = words("evaluate", data, None, f"--val_dataset_path={tmp_path / 'val'}",
                  f"--model_name_or_path={run}")
     printed = run_here(line)
-    assert "3 rows without Age are left out" in printed and "|" not in printed
+    assert "3 rows have no Age" in printed and "|" not in printed
     for i, row in enumerate(predictions(run)):
         number = row["brainlm_row" if columns[:1] == [("row", [7, 8, 9])] else "row"]
         assert number == str(i) and float(row["prediction"]) > 40

@@ -31,8 +31,8 @@ PATCH, BATCH = 20, 2
 
 
 def masked_attention(method, N, V):
-    """The same attention by its definition: a mask of S x S. "reference" adds it as floats, and
-    drops out 0.1."""
+    """Attention with a mask of S x S, which reads hidden tokens of the past too, as the authors'
+    code does. "reference" adds it as floats, and drops out 0.1."""
     dropout = 0.1 if method == "reference" else 0.0
     mask = brainlm.block_causal_mask(N, V)
     if method == "reference":
@@ -45,11 +45,12 @@ def masked_attention(method, N, V):
 
 
 def arithmetic(model, N, V):
-    """Floating-point operations that one training step needs: 6 a weight and token, and what the
-    block-causal mask keeps of the products of queries, keys and values, forward once and backward
-    twice."""
+    """Floating-point operations that one training step of this file needs: 6 a weight and token,
+    and the products of queries, keys and values that are read where three quarters are hidden,
+    forward once and backward twice."""
     config, tokens = model.config, 1 + N * V
-    pairs = V * V * N * (N + 1) // 2 + tokens
+    visible = V - round(0.75 * V)
+    pairs = N * V * V + V * visible * N * (N - 1) // 2 + tokens
     products = 12 * config.num_hidden_layers * config.hidden_size * pairs
     linears = [(name, 6 * module.weight.numel() * tokens)
                for name, module in model.layers.named_modules()

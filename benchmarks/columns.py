@@ -68,9 +68,11 @@ def main():
     lines = []
     for column in COLUMNS:
         folder = Path("runs", "columns", column)
-        subprocess.run([sys.executable, BRAINLM, "finetune", "--model_name_or_path", run,
-                        "--output_dir", folder, "--variable_of_interest_col_name", column, *flags],
-                       check=True)
+        command = [sys.executable, BRAINLM, "finetune", "--model_name_or_path", run, "--output_dir",
+                   folder, "--overwrite_output_dir", "--variable_of_interest_col_name", column]
+        for split in "train", "val", "coords":
+            command += [f"--{split}_dataset_path", f"./sample_data/{split}"]
+        subprocess.run([*command, *flags], check=True)          # later flags count
         evaluation = json.loads((folder / "evaluation.json").read_text())
         (table,) = evaluation["tables"].values()
         data = brainlm.open_data(argparse.Namespace(**evaluation["args"]), 1)

@@ -2,7 +2,7 @@
 
     python benchmarks/pictures.py RUN                       # into the run's folder
     python benchmarks/pictures.py                           # into assets: architecture and mask
-    python benchmarks/pictures.py --readme HCP SAMPLE       # and from these runs' folders the rest
+    python benchmarks/pictures.py --readme RUN              # and what was drawn into a run's folder
 """
 
 import argparse
@@ -54,7 +54,8 @@ def run_pictures(run):
         args, tables = argparse.Namespace(**evaluation["args"]), evaluation["tables"]
     # Where a model of the Hub was evaluated the folder holds the results alone.
     source = run if (run / "config.json").exists() else args.model_name_or_path
-    model = brainlm.from_pretrained(brainlm.nn.Module, source)
+    settings = brainlm.settings_of(brainlm.BrainLMConfig, vars(args))    # of another window
+    model = brainlm.from_pretrained(brainlm.nn.Module, source, **settings)
     if isinstance(model, brainlm.BrainLMRegressor):
         (title,) = tables                       # "Age.At.MHQ, 20 validation recordings"
         return predictions_picture(run / "predictions.png", run / "predictions.csv",
@@ -145,14 +146,14 @@ def networks_picture(path, model, data):
 def predictions_picture(path, source, column):
     """Predictions of a regressor against the truth, and the line on which both are equal."""
     with open(source, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get(column)]
+        rows = [row for row in csv.DictReader(file) if row.get(column) not in (None, "", "n/a")]
     if not rows:
         print(f"no predictions.png: {source} has no {column} to compare with")
         return
-    truth = [float({"True": 1, "False": 0}.get(row[column], row[column])) for row in rows]
+    truth = [float({"true": 1, "false": 0}.get(row[column], row[column])) for row in rows]
+    ours = [float([*row.values()][-1]) for row in rows]         # the last column, whatever its name
     figure, axis = plt.subplots(figsize=(6.5, 6), layout="constrained")
-    axis.scatter(truth, [float(row["prediction"]) for row in rows], s=60, facecolors="none",
-                 edgecolors=OURS["color"], linewidths=2)
+    axis.scatter(truth, ours, s=60, facecolors="none", edgecolors=OURS["color"], linewidths=2)
     axis.axline((truth[0], truth[0]), slope=1, color="0.6", linestyle="--", zorder=0)
     axis.set(xlabel=f"{column}, true", ylabel=f"{column}, predicted")
     save(figure, path)
@@ -298,38 +299,15 @@ def mask_picture(path, N=4, V=3):
     save(figure, path)
 
 
-def training_picture(path, run):
-    """Loss and validation R2 by step, and where the best opponents in the run's tables stand."""
-    tables = list(json.loads((run / "evaluation.json").read_text())["tables"].values())
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    left.plot(*zip(*[(line["step"], line["loss"]) for line in lines if "loss" in line]),
-              color=OURS["color"])
-    left.set(xlabel="step", ylabel="training loss (MSE on hidden tokens)")
-    for task, table, style in (("masked", tables[0], OURS | {"marker": "o"}),
-                               ("forecast", tables[1], OTHERS[0] | {"linestyle": "-"})):
-        points = [(line["step"], line[f"{task}_R2"]) for line in lines if f"{task}_R2" in line]
-        points.append((lines[-1]["step"], table["BrainLM"]["R2"]))
-        right.plot(*zip(*points), **style, label=f"BrainLM, {task}")
-        _, opponent, *_ = table                 # the best one comes first
-        right.axhline(table[opponent]["R2"], color=style["color"], label=opponent,
-                      linestyle="--" if task == "masked" else ":")
-    right.set(xlabel="step", ylabel="validation R2")
-    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=12)
-    save(figure, path)
-
-
-def readme_pictures(runs):
-    """runs: those of the HCP and the sample data that have been evaluated and drawn, or None."""
+def readme_pictures(run):
+    """run: the folder of one that has been drawn, or None."""
     assets = ROOT / "assets"
     assets.mkdir(exist_ok=True)
     architecture_picture(assets / "architecture.png")
     mask_picture(assets / "mask.png")
-    if runs:
-        hcp, sample = runs
-        training_picture(assets / "training.png", hcp)
-        shutil.copy(hcp / "evaluation.png", assets / "evaluation.png")
-        networks = Image.open(sample / "networks.png").convert("RGB")           # smaller with a
+    if run:
+        shutil.copy(run / "evaluation.png", assets / "evaluation.png")
+        networks = Image.open(run / "networks.png").convert("RGB")              # smaller with a
         networks.quantize(256, Image.Quantize.MAXCOVERAGE).save(                # palette
             assets / "networks.png", optimize=True)
 
@@ -338,8 +316,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path, help="folder of pretrain, finetune, evaluate")
-    parser.add_argument("--readme", nargs=2, type=Path, metavar=("HCP", "SAMPLE"),
-                        help="folders of runs that have been drawn")
+    parser.add_argument("--readme", type=Path, metavar="RUN", help="folder that has been drawn")
     args = parser.parse_args()
     try:
         if args.run:

@@ -1,10 +1,12 @@
 """The tables of the READMEs, from the evaluation.json of runs that differ by their seed alone:
 
     python benchmarks/results.py NAME RUN [RUN ...]     # into results.json, and into the READMEs
+    python benchmarks/results.py networks RUN ...       # of each evaluation only such tables
     python benchmarks/results.py                        # into the READMEs, from results.json
 
-A table stands in README.md or benchmarks/README.md below a line `<!-- results: NAME -->`: means over
-the runs, +- their standard deviation where it shows, the best of a column in bold. A test compares.
+A table stands in README.md or benchmarks/README.md below a line `<!-- results: NAME -->`: means
+over the runs, their standard deviation where it shows, the best of a column in bold. A test
+compares.
 """
 
 import json
@@ -18,11 +20,14 @@ HERE = Path(__file__).resolve().parent
 READMES = HERE.parent / "README.md", HERE / "README.md"
 LOWER_IS_BETTER = "MSE", "MAE"
 
-def collect(runs):
-    """{title: {method: {score: [mean, standard deviation]}}} over the runs' evaluation.json."""
+def collect(name, runs):
+    """{title: {method: {score: [mean, standard deviation]}}} over the runs' evaluation.json. Tables
+    of functional networks are for the name "networks", the others for any other name."""
     tables = [json.loads(Path(run, "evaluation.json").read_text())["tables"] for run in runs]
     collected = {}
     for title, table in tables[0].items():
+        if title.startswith("functional networks") != (name == "networks"):
+            continue
         collected[title] = {}
         for method, row in table.items():
             values = {name: [float("nan" if other[title][method][name] is None
@@ -55,15 +60,17 @@ def markdown(tables):
 
 def with_tables(text, results):
     """A README's text with the tables of results.json below their lines."""
-    return re.sub(r"(<!-- results: (\S+) -->\n)(?:\|.*\n|\n(?=\|))*",
-                  lambda found: found[1] + markdown(results[found[2]]).rstrip("\n") + "\n", text)
+    def below(found):
+        line, name = found[1], found[2]
+        return line + markdown(results[name]).rstrip("\n") + "\n" if name in results else found[0]
+    return re.sub(r"(<!-- results: (\S+) -->\n)(?:\|.*\n|\n(?=\|))*", below, text)
 
 def main():
     file = HERE / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {}
     if len(sys.argv) > 2:
         name, *runs = sys.argv[1:]
-        results[name] = collect(runs)
+        results[name] = collect(name, runs)
         file.write_text(json.dumps(results, indent=1) + "\n")
     for readme in READMES:
         readme.write_text(with_tables(readme.read_text(encoding="utf-8"), results),
