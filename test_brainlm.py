@@ -1464,7 +1464,7 @@ def test_evaluate_predicts_where_nobody_has_the_target(data, uninterrupted, tmp_
         assert number == str(i) and float(row["prediction"]) > 40
     (run / "args.json").unlink()
     assert_refused(line, "args.json ... --variable_of_interest_col_name")
-    assert "without Score" in run_here([*line, "--variable_of_interest_col_name=Score"])
+    assert "no Score" in run_here([*line, "--variable_of_interest_col_name=Score"])
     assert (run / "evaluation.json").read_text() == before
 
 @pytest.mark.parametrize("column", ["\u0397\u03bb\u03b9\u03ba\u03af\u03b1", "a|b", "a, 'b'\n{c}"])
