@@ -829,7 +829,13 @@ def from_pretrained(model_class, name_or_path, **changes):
                 weights |= importlib.import_module("safetensors.torch").load_file(file)
     with refusing(f"{file} does not hold the weights of this {saved_class.__name__}"):
         wrapped = re.compile(r"^((module|_orig_mod|model)\.)+")      # by DDP, compile, the Hub
-        model.load_state_dict({wrapped.sub("", name): weights[name] for name in weights})
+        weights = {wrapped.sub("", name): weights[name] for name in weights}
+        fitting = {name: value.shape for name, value in model.state_dict().items()}
+        found = {name: getattr(value, "shape", None) for name, value in weights.items()}
+        for name in fitting | found:
+            if fitting.get(name) != found.get(name):
+                raise ValueError(f"missing, unknown or size mismatch: {name}")
+        model.load_state_dict(weights)
     return (model if isinstance(model, model_class) else model.backbone).eval()
 
 MODELS = {"BrainLM": BrainLM, "BrainLMRegressor": BrainLMRegressor}

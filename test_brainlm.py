@@ -669,7 +669,7 @@ FAULTS = {  # flag: {what: (files of the folder that it names, what the error sa
         "weights that git left": (BINARY | {"pytorch_model.bin": POINTER}, ".bin is a Git LFS"),
         "a shard of weights that git left":
             (BINARY | {"model-00001-of-00002.safetensors": POINTER}, "00002.safetensors is a Git"),
-        "more layers": (checkpoint(num_hidden_layers=3), "Missing key ... layers.2."),
+        "more layers": (checkpoint(num_hidden_layers=3), "missing ... layers.2.attention_norm.weight"),
         "weights cut": (BINARY | {"pytorch_model.bin": WEIGHTS[:999]}, "pytorch_model.bin"),
         "broken safetensors": (BINARY | {"model.safetensors": b"no header"}, "model.safetensors"),
         "a weight is no tensor": (checkpoint(TENSORS | {"norm.bias": "text"}), "norm.bias"),
