@@ -669,7 +669,7 @@ FAULTS = {  # flag: {what: (files of the folder that it names, what the error sa
         "weights that git left": (BINARY | {"pytorch_model.bin": POINTER}, ".bin is a Git LFS"),
         "a shard of weights that git left":
             (BINARY | {"model-00001-of-00002.safetensors": POINTER}, "00002.safetensors is a Git"),
-        "more layers": (checkpoint(num_hidden_layers=3), "missing ... layers.2.attention_norm.weight"),
+        "more layers": (checkpoint(num_hidden_layers=3), "missing ... layers.2.attention_norm"),
         "weights cut": (BINARY | {"pytorch_model.bin": WEIGHTS[:999]}, "pytorch_model.bin"),
         "broken safetensors": (BINARY | {"model.safetensors": b"no header"}, "model.safetensors"),
         "a weight is no tensor": (checkpoint(TENSORS | {"norm.bias": "text"}), "norm.bias"),
@@ -1238,6 +1238,8 @@ def test_a_run_goes_on_after_ctrl_c_and_sigterm(data, uninterrupted, tmp_path, n
     ("pretrain --hidden_size=16", "hidden_size was 8 there and is 16 now ... --output_dir"),
     ("pretrain --mask_ratio=0.5", "mask_ratio was 0.75 there and is 0.5 now"),
     ("pretrain --weight_decay=0.5", "weight_decay was 0.1 there and is 0.5 now"),
+    ("pretrain --seed=7", "seed was 0 there and is 7 now"),
+    ("pretrain --train_dataset_path={other}", "train_dataset_path was ... there and is"),
     ("pretrain --max_steps=5", "--max_steps 5 ... 6 steps already"),
     ("finetune --model_name_or_path={pretrained}", "command was pretrain there and is finetune"),
     ("pretrain --model_name_or_path={pretrained} --hidden_size=16", "size mismatch"),
@@ -1245,7 +1247,8 @@ def test_a_run_goes_on_after_ctrl_c_and_sigterm(data, uninterrupted, tmp_path, n
     ("pretrain --model_name_or_path={run}/../run --overwrite_output_dir", "choose another"),
     ("finetune --model_name_or_path={run} --overwrite_output_dir", "choose another")])
 def test_a_run_is_not_resumed_nor_replaced_by_another(data, uninterrupted, run, line, told):
-    command, *flags = line.format(run=run, pretrained=data / "pretrained").split()
+    command, *flags = line.format(
+        run=run, pretrained=data / "pretrained", other=data / "val").split()
     assert_refused(words(command, data, run, *flags), told)
     assert_same_run(run, uninterrupted["pretrain"])
 
