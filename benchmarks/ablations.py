@@ -30,15 +30,14 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import brainlm
+import hcp
 import sample_data
 
-SOURCES = {"sample": {"config": {}, "steps": 250, "subjects": [None]},
-           "hcp": {"config": {"hidden_size": 64}, "steps": 500, "subjects": [0, 3]}}
+SOURCES = {"sample": {"steps": 400, "subjects": [None]}, "hcp": {"steps": 500, "subjects": [0, 3]}}
 MEASURES = "masked", "forecast", "horizon 1"
 RECIPE = "the recipe"
 
-# --------------------------------------------------------------------------------------------------
-# What stands in the place of a name of Part I
+# What stands in the place of a name of Part I -----------------------------------------------------
 
 class LinearOnXyz(nn.Module):
     def __init__(self, hidden_size):
@@ -160,8 +159,7 @@ ROWS = {
 AGE_ROWS = {"CLS alone": [1, 0, 0], "mean alone": [0, 1, 0], "spread alone": [0, 0, 1],
             "all three": [1, 1, 1], "all three, not standardised": [1, 1, 1]}
 
-# --------------------------------------------------------------------------------------------------
-# Data, training, scores
+# Data, training, scores ---------------------------------------------------------------------------
 
 @functools.cache
 def open_data(folder, source, subject):
@@ -173,7 +171,7 @@ def open_data(folder, source, subject):
     if missing(folder) and source == "sample":
         sample_data.make_sample_data(folder)
     elif missing(folder):
-        sample_data.make_hcp_data(folder, num_surrogates=1, seed=0)
+        hcp.make_hcp_data(folder, num_surrogates=1, seed=0)
     xyz, networks = brainlm.read_coordinates(folder / "coords")
     if subject is not None:
         people, folder = brainlm.RecordingDataset(folder / "train", name), folder / f"no_{subject}"
@@ -187,9 +185,9 @@ def open_data(folder, source, subject):
     return brainlm.Data(xyz, networks, *(brainlm.RecordingDataset(folder / split, name)
                                          for split in ("train", "val")))
 
-def pretrain(data, settings, num_steps, seed):
+def pretrain(data, num_steps, seed):
     torch.manual_seed(seed)
-    config, training = brainlm.BrainLMConfig(**settings), brainlm.TrainingConfig(seed=seed)
+    config, training = brainlm.BrainLMConfig(), brainlm.TrainingConfig(seed=seed)
     model, B = brainlm.BrainLM(config), training.per_device_train_batch_size
     model.cls_token.requires_grad_(False)       # no parcel reads CLS: nothing trains it
 
@@ -249,15 +247,14 @@ def run(args, row, source, subject, seed, steps):
         for name, value in ROWS[row].items():
             stack.enter_context(patch.object(brainlm, name, value))
         try:
-            model = pretrain(data, SOURCES[source]["config"], steps, seed)
+            model = pretrain(data, steps, seed)
         except brainlm.BadInput as error:       # the loss is infinite: the table shows a line
             return {"failed": str(error)}
         result = {"seconds a step": round((time.perf_counter() - began) / steps, 3)}
         result |= reconstruction_scores(model, data)
     return result | (age_scores(model, args, seed) if (row, source) == (RECIPE, "sample") else {})
 
-# --------------------------------------------------------------------------------------------------
-# Results: a file of JSON lines
+# Results: a file of JSON lines --------------------------------------------------------------------
 
 KEY = "row", "data", "subject", "seed", "steps"
 

@@ -44,8 +44,7 @@ def save(figure, path, dpi=110):
     print(f"picture in {path}")
 
 
-# --------------------------------------------------------------------------------------------------
-# Of a run
+# Of a run -----------------------------------------------------------------------------------------
 
 def run_pictures(run):
     """What the tables of a run say, by its model, evaluation.json and the data that this names."""
@@ -159,8 +158,7 @@ def predictions_picture(path, source, column):
     save(figure, path)
 
 
-# --------------------------------------------------------------------------------------------------
-# Of the README
+# Of the README ------------------------------------------------------------------------------------
 
 WHAT, WHERE, WHEN, CLS = "#2f6da8", "#86c286", "#f3d9a4", "#7b4a94"     # dark, middle, light, dark
 INK, BOX = "0.15", "#f2f4f7"

@@ -65,16 +65,19 @@ def with_tables(text, results):
         return line + markdown(results[name]).rstrip("\n") + "\n" if name in results else found[0]
     return re.sub(r"(<!-- results: (\S+) -->\n)(?:\|.*\n|\n(?=\|))*", below, text)
 
-def main():
+def put(more):
+    """{name: tables} more into results.json, and all of it into the READMEs."""
     file = HERE / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {}
-    if len(sys.argv) > 2:
-        name, *runs = sys.argv[1:]
-        results[name] = collect(name, runs)
-        file.write_text(json.dumps(results, indent=1) + "\n")
+    results |= more
+    file.write_text(json.dumps(results, indent=1) + "\n")
     for readme in READMES:
         readme.write_text(with_tables(readme.read_text(encoding="utf-8"), results),
                           encoding="utf-8")
+
+def main():
+    name, *runs = sys.argv[1:] or [None]
+    put({name: collect(name, runs)} if runs else {})
 
 if __name__ == "__main__":
     main()
