@@ -24,8 +24,7 @@ sys.path.insert(0, str(ROOT))
 import sample_data
 
 PEOPLE, SEEDS, STEPS = [5, 20, 100, 400], [0, 1, 2], 2000
-MODEL = ["--hidden_size", "64", "--max_steps"]
-HEAD = ["--max_steps", "200"]                   # as many as of 100 people by default
+HEAD_STEPS = 200                        # as many as of 100 people by default
 MEASURES = {"masked patches": ("masked", "R2"), "forecasting 20 timepoints": ("forecast", "R2"),
             "1 timepoint ahead": ("forecast", "R2 at 1"),
             "2 timepoints ahead": ("forecast", "R2 at 2"),
@@ -38,8 +37,9 @@ def train(folder, people, steps, seed):
         sample_data.make_sample_data(data, num_train=people, num_val=50, num_parcels=100)
     run = run_folder(folder, people, steps, seed)
     paths = [f"--{split}_dataset_path={data / split}" for split in ("train", "val", "coords")]
-    for command, flags in (("pretrain", [*MODEL, str(steps)]),
-                           ("finetune", [*HEAD, "--model_name_or_path", run / "pretrain"])):
+    for command, flags in (("pretrain", ["--max_steps", str(steps)]),
+                           ("finetune", ["--max_steps", str(HEAD_STEPS),
+                                         "--model_name_or_path", run / "pretrain"])):
         if not Path(run, command, "evaluation.json").exists():         # is written at the end
             subprocess.run([sys.executable, ROOT / "brainlm.py", command, *flags, *paths,
                             "--seed", str(seed), "--output_dir", run / command,

@@ -8,7 +8,6 @@
 import argparse
 import csv
 import json
-import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -297,17 +296,52 @@ def mask_picture(path, N=4, V=3):
     save(figure, path)
 
 
+def people_picture(path, tables):
+    """R2 against the number of people, of the tables that benchmarks/people.py wrote."""
+    figure, axes = plt.subplots(2, 2, figsize=(12, 9), layout="constrained", sharex=True)
+
+    def line(axis, method, values, style, label):
+        people = [int(name.split()[0]) for name in values]
+        means, deviations = np.array([*values.values()]).T
+        axis.errorbar(people, means, deviations, capsize=3, label=label, **style)
+
+    panels = "masked patches", "forecasting 20 timepoints", "age"
+    for axis, title in zip(axes.flat[[0, 1, 3]], panels):
+        table = tables[f"R2 of {title}"]
+        styles = OURS | {"marker": "o"}, *OTHERS        # BrainLM comes first
+        for (method, values), style in zip(table.items(), styles):
+            if min(mean for mean, _ in values.values()) > -0.5:         # persistence is far below
+                line(axis, method, values, style, method)
+        axis.set(ylabel=f"R2 of {title}")
+    for h, marker in zip((1, 2, 3), "osD"):
+        table = tables[f"R2 of {h} timepoint{'s' * (h > 1)} ahead"]
+        for method, style in (("BrainLM", OURS),
+                              ("2-lag vector autoregression", {"color": "0.3", "linestyle": ":"})):
+            line(axes[1, 0], method, table[method], style | {"marker": marker},
+                 f"{method}, {h} ahead")
+    axes[1, 0].set(ylabel="R2 of single timepoints ahead")
+    for axis in axes.flat:
+        axis.set_xscale("log")
+        axis.set_xticks([5, 20, 100, 400], [5, 20, 100, 400])
+        axis.minorticks_off()
+        axis.legend(fontsize=11)
+    for axis in axes[1]:
+        axis.set_xlabel("people to learn from")
+    save(figure, path)
+
+
 def readme_pictures(run):
     """run: the folder of one that has been drawn, or None."""
     assets = ROOT / "assets"
     assets.mkdir(exist_ok=True)
     architecture_picture(assets / "architecture.png")
     mask_picture(assets / "mask.png")
-    if run:
-        shutil.copy(run / "evaluation.png", assets / "evaluation.png")
-        networks = Image.open(run / "networks.png").convert("RGB")              # smaller with a
-        networks.quantize(256, Image.Quantize.MAXCOVERAGE).save(                # palette
-            assets / "networks.png", optimize=True)
+    results = json.loads((ROOT / "benchmarks/results.json").read_text())
+    if "people" in results:
+        people_picture(assets / "people.png", results["people"])
+    for name in ("evaluation.png", "networks.png") if run else ():
+        picture = Image.open(run / name).convert("RGB")         # with a palette it is smaller
+        picture.quantize(256, Image.Quantize.MAXCOVERAGE).save(assets / name, optimize=True)
 
 
 def main():
