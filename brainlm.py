@@ -60,13 +60,10 @@ class TrainingConfig:
     """How a model is trained. Each field is a flag of `pretrain` and of `finetune`."""
     per_device_train_batch_size: int = 2      # windows a process takes at once
     gradient_accumulation_steps: int = 1      # batches that make one step
-    learning_rate: float = 2e-3               # its peak, at the end of the warm-up
-    weight_decay: float = 0.1                 # of matrices alone
-    warmup_ratio: float = 0.05                # share of the steps in which the rate rises
+    learning_rate: float = 2e-3               # of the first step; it falls to 0
     seed: int = 0                             # of all that is random
 
 # Knobs that have no flag; benchmarks/ablations.py shows what each is worth.
-ADAM_BETAS = 0.9, 0.95         # not 0.999: a run of 250 steps has no time to average over 1,000
 MUON_RATE = 3.0                # Muon's learning rate = this times AdamW's
 MAX_GRADIENT_NORM = 1.0        # longer gradients are cut to this: one odd recording moves little
 FORWARD_HIDDEN = 1 / 3         # probability that a forward step hides an earlier temporal token
@@ -434,8 +431,8 @@ class Muon(torch.optim.Optimizer):
     samples agree on is learned as fast as what all do. In float32: bfloat16, which torch.optim.Muon
     takes, makes a training step five times as long on CPUs without units for it."""
 
-    def __init__(self, matrices, weight_decay):
-        super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay})
+    def __init__(self, matrices):
+        super().__init__(matrices, {"lr": 0.0})
 
     @torch.no_grad()
     def step(self):
@@ -454,20 +451,18 @@ class Muon(torch.optim.Optimizer):
                 gram = step @ step.T
                 step = 3.4445 * step + (-4.7750 * gram + 2.0315 * gram @ gram) @ step
             step = step.T if tall else step
-            matrix.mul_(1 - rate * group["weight_decay"])
-            matrix.sub_(0.2 * rate * math.sqrt(max(matrix.shape)) * step)  # RMS 0.2, as of AdamW's
+            matrix.sub_(0.2 * rate * math.sqrt(max(matrix.shape)) * step)  # RMS 0.2, as of Adam's
 
-def make_optimizers(model, weight_decay):
-    """Muon for the layers' matrices, AdamW for the rest. Only matrices decay."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    in_layers = [p for name, p in trained.items() if "layers." in name and p.dim() == 2]
-    elsewhere = [p for name, p in trained.items() if "layers." not in name and p.dim() == 2]
-    vectors = [p for p in trained.values() if p.dim() < 2]
-    optimizers = [torch.optim.AdamW([{"params": elsewhere, "weight_decay": weight_decay},
-                                     {"params": vectors, "weight_decay": 0.0}],
-                                    betas=ADAM_BETAS, fused=True)]
-    if in_layers:                               # none where the backbone is frozen
-        optimizers.append(Muon(in_layers, weight_decay))
+def make_optimizers(model):
+    """Muon for the layers' matrices, Adam for the rest."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            in_layer = "layers." in name and parameter.dim() == 2
+            (matrices if in_layer else others).append(parameter)
+    optimizers = [torch.optim.Adam(others, fused=True)]
+    if matrices:                                # none where the backbone is frozen
+        optimizers.append(Muon(matrices))
     return optimizers
 
 def train(model, optimizers, batch_loss, training, num_steps, first_step=0):
@@ -477,12 +472,8 @@ def train(model, optimizers, batch_loss, training, num_steps, first_step=0):
     It yields before the update: `step` updates are done, and the next one is known to be finite.
     Who saves there saves sound weights, and who goes on from them computes this very step again."""
     accumulation = training.gradient_accumulation_steps
-    warmup = max(1, round(training.warmup_ratio * num_steps))
     for step in range(first_step, num_steps):
-        if step < warmup:                       # the learning rate: a straight line up,
-            share = (step + 1) / warmup
-        else:                                   # then half a cosine down
-            share = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup)))
+        share = 0.5 * (1 + math.cos(math.pi * step / num_steps))       # half a cosine, 1 to 0
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = training.learning_rate * share
@@ -1290,7 +1281,7 @@ def read_state(args, config):
         before, now = state["args"] | state["config"], vars(args) | asdict(config)
     for name in (*asdict(config), "command", "variable_of_interest_col_name", "freeze_backbone",
                  "model_name_or_path", "train_dataset_path", "coords_dataset_path",
-                 "recording_col_name", "max_train_samples", "seed", "weight_decay"):
+                 "recording_col_name", "max_train_samples", "seed"):
         if before.get(name) != now.get(name):
             raise BadInput(f"{file}: {name} was {before.get(name)} there and is {now.get(name)} "
                            f"now: {anew}")
@@ -1303,7 +1294,7 @@ def run_training(args, model, data, num_recordings, batch_loss):
     training = TrainingConfig(**settings_of(TrainingConfig, vars(args)))
     B, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     samples_per_step = B * accumulation * WORLD_SIZE
-    optimizers = make_optimizers(model, training.weight_decay)
+    optimizers = make_optimizers(model)
     first_step, first_sample, metrics, losses = 0, 0, [], []    # losses: since the last line
     states = [None]
     try:

@@ -82,7 +82,7 @@ def make_step(method, V, N, dtype, device, compiled):
     if method in ("masked", "reference"):
         brainlm.block_causal_attention = masked_attention(method, N, V)
     step_model = torch.compile(model) if compiled else model
-    optimizers = brainlm.make_optimizers(model, weight_decay=0.1)
+    optimizers = brainlm.make_optimizers(model)
     signal = torch.randn(BATCH, N * PATCH, V, device=device)
     xyz = 50 * torch.randn(V, 3, device=device)
     mask = brainlm.random_mask(BATCH, N, V, 0.75)
