@@ -27,9 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# ==================================================================================================
-# Part I: the lesson, in the order of the data
-# ==================================================================================================
+# Part I: the lesson, in the order of the data =====================================================
 
 # 1. Configuration ---------------------------------------------------------------------------------
 
@@ -455,11 +453,9 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model):
     """Muon for the layers' matrices, Adam for the rest."""
-    matrices, others = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            in_layer = "layers." in name and parameter.dim() == 2
-            (matrices if in_layer else others).append(parameter)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in trained.items() if "layers." in name and p.dim() == 2]
+    others = [p for name, p in trained.items() if "layers." not in name or p.dim() < 2]
     optimizers = [torch.optim.Adam(others, fused=True)]
     if matrices:                                # none where the backbone is frozen
         optimizers.append(Muon(matrices))
@@ -565,9 +561,7 @@ def initial_weights(model):
             share = GUESS / len(model.layers) / of_its_kind
             layer.out.weight[:, rows][:, :P] = share * passed_on[:, :D]
 
-# ==================================================================================================
-# Part II: the program
-# ==================================================================================================
+# Part II: the program =============================================================================
 
 import argparse
 import contextlib
@@ -786,8 +780,7 @@ def from_pretrained(model_class, name_or_path, **changes):
             else:                               # an `import` would be a requirement of the Hub's
                 weights |= importlib.import_module("safetensors.torch").load_file(file)
     with refusing(f"{file} does not hold the weights of this {saved_class.__name__}"):
-        wrapped = re.compile(r"^((module|_orig_mod|model)\.)+")      # by DDP, compile, the Hub
-        weights = {wrapped.sub("", name): weights[name] for name in weights}
+        weights = {name.removeprefix("model."): weights[name] for name in weights}   # the Hub's
         fitting = {name: value.shape for name, value in model.state_dict().items()}
         found = {name: getattr(value, "shape", None) for name, value in weights.items()}
         for name in fitting | found:
@@ -829,15 +822,6 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
 
         def _init_weights(self, module):
             """Nothing to add: BrainLM initialises itself."""
-
-        @classmethod
-        def from_pretrained(cls, *names, output_loading_info=False, **settings):
-            """As transformers', but what it would leave uninitialised is refused."""
-            model, info = super().from_pretrained(*names, output_loading_info=True, **settings)
-            missing = [*info["missing_keys"], *info["mismatched_keys"]]
-            if missing:
-                raise BadInput(f"there are no weights, or of another shape, for {missing[0]}")
-            return (model, info) if output_loading_info else model
 
         def __getattr__(self, name):
             if name in ("embed", "forecast", "attention", "similarity"):

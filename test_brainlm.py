@@ -845,22 +845,6 @@ def test_a_model_of_the_hub_does_all_that_trainer_and_others_ask(
         theirs.train()(signal, xyz).logits.sum().backward()
         assert len(calls) == count
 
-def test_what_the_hub_would_leave_uninitialised_is_refused(uninterrupted, tmp_path):
-    folder = shutil.copytree(uninterrupted["pretrain"], tmp_path / "run")
-    auto, module = hub_class(folder)
-    wider = {"hidden_size": 16, "ignore_mismatched_sizes": True}
-    _, info = auto(folder, output_loading_info=True)
-    assert not info["missing_keys"]
-    for named in {"num_hidden_layers": 3}, wider, {"model_class": "BrainLMRegressor"}:
-        with pytest.raises(module.BadInput, match="no weights, or of another shape, for .*model"):
-            auto(folder, **named)
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
-def test_weights_of_wrappers_are_read(tmp_path, prefix):
-    write_files(tmp_path / "run", checkpoint({prefix + name: TENSORS[name] for name in TENSORS}))
-    weights = load(tmp_path / "run").state_dict()
-    assert all(torch.equal(weights[name], TENSORS[name]) for name in TENSORS | weights)
-
 def test_weights_in_shards_are_read(uninterrupted, tmp_path):
     auto, _ = hub_class(uninterrupted["pretrain"])
     theirs = stir(auto(uninterrupted["pretrain"]))
