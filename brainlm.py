@@ -1509,7 +1509,7 @@ class DataConfig:
 @dataclass
 class RunConfig:
     """What pretrain and finetune take besides."""
-    num_train_epochs: float = 5.0             # an epoch is one window of each recording
+    num_train_epochs: float = 8.0             # an epoch is one window of each recording
     max_steps: int = None                     # steps of training, instead of epochs
     logging_steps: int = 10                   # steps between lines of progress
     eval_steps: int = 100                     # steps between validations; 0: only at the end

@@ -302,7 +302,7 @@ FORMAT = re.compile(rf"({'|'.join(map(re.escape, FORMATS.split()))})(\.gz)?$", r
 MISSING = r"(?i)^\s*(n/a|na|nan|null|none)?\s*$"  # a cell without a value
 BIDS = "(sub-[0-9A-Za-z]+)(_(?!sub-)[a-z]+-[^_]+)*(_[a-z]+[0-9]?)?"  # person, entities, suffix
 XCP_D = {"network_label": "Network", "roi name": "Label"}  # what its atlases call these columns
-WINDOW, PATCH, FEW = 200, 20, 80  # of brainlm.py: timepoints; recordings for 200 steps in 5 epochs
+WINDOW, PATCH, FEW = 200, 20, 50  # of brainlm.py: timepoints; recordings for 200 steps in 8 epochs
 
 def make_files_data(input_dir, coords, participants, output_dir, pattern, subject_pattern, header,
                     val_share, min_timepoints, tr, seed):
