@@ -58,11 +58,10 @@ class TrainingConfig:
     """How a model is trained. Each field is a flag of `pretrain` and of `finetune`."""
     per_device_train_batch_size: int = 2      # windows a process takes at once
     gradient_accumulation_steps: int = 1      # batches that make one step
-    learning_rate: float = 2e-3               # of the first step; it falls to 0
+    learning_rate: float = 1.5e-3             # how far a step moves a number at first; falls to 0
     seed: int = 0                             # of all that is random
 
 # Knobs that have no flag; benchmarks/ablations.py shows what each is worth.
-MUON_RATE = 3.0                # Muon's learning rate = this times AdamW's
 MAX_GRADIENT_NORM = 1.0        # longer gradients are cut to this: one odd recording moves little
 FORWARD_HIDDEN = 1 / 3         # probability that a forward step hides an earlier temporal token
 
@@ -434,9 +433,8 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        group = self.param_groups[0]
-        rate = MUON_RATE * group["lr"]
-        for matrix in group["params"]:
+        rate = self.param_groups[0]["lr"]
+        for matrix in self.param_groups[0]["params"]:
             average = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
             average.lerp_(matrix.grad, 0.05)
             step = matrix.grad.lerp(average, 0.95)                         # Nesterov's momentum
@@ -449,7 +447,8 @@ class Muon(torch.optim.Optimizer):
                 gram = step @ step.T
                 step = 3.4445 * step + (-4.7750 * gram + 2.0315 * gram @ gram) @ step
             step = step.T if tall else step
-            matrix.sub_(0.2 * rate * math.sqrt(max(matrix.shape)) * step)  # RMS 0.2, as of Adam's
+            # The root of its mean square becomes 1, about as of Adam's steps: both share a rate.
+            matrix.sub_(rate * math.sqrt(max(matrix.shape)) * step)
 
 def make_optimizers(model):
     """Muon for the layers' matrices, Adam for the rest."""
