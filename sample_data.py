@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shlex
-import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -44,26 +43,46 @@ def write_dataset(folder, columns):
     columns = {name: [as_numpy(value) for value in as_numpy(values)]
                for name, values in columns.items()}
     lengths = {name: len(values) for name, values in columns.items()}
-    num_rows = max(lengths.values(), default=0)
-    if num_rows == 0 or num_rows != min(lengths.values()):
+    if len({*lengths.values()}) != 1 or 0 in lengths.values():
         raise ValueError(f"need columns of one length, of 1 or more, found {lengths}")
-    present = []
-    with contextlib.suppress(FileNotFoundError):
-        present = os.listdir(folder)
+    present = os.listdir(folder) if folder.exists() else []
     if present and "state.json" not in present:
         raise ValueError(f"{folder} holds {present[0]} and is no dataset: will not replace it")
-
     types = {name: column_type(name, values) for name, values in columns.items()}
-    # Written beside its place and renamed when complete: a run that is killed leaves no half of a
-    # dataset there.
+    features = {name: hf_feature(type_) for name, type_ in types.items()}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    schema = pa.schema(list(types.items()), metadata)
+
+    # Written beside its place and renamed when complete: one that is killed leaves no half there.
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
-        new = Path(beside, "new")
+        new, shard = Path(beside, "new"), "data-00000-of-00001.arrow"
         new.mkdir()
-        write_files(new, columns, types)
+        with pa.ipc.new_stream(new / shard, schema) as stream:
+            for i in range(0, max(lengths.values()), 16):
+                batch = [column_values(columns[name][i:i + 16], types[name]) for name in types]
+                stream.write_batch(pa.record_batch(batch, schema=schema))
+        content = hashlib.sha256(pa.memory_map(str(new / shard)).read_buffer())
+        state = {"_data_files": [{"filename": shard}],
+                 "_fingerprint": content.hexdigest()[:16],  # `datasets` names its cache after this
+                 "_format_columns": None, "_format_kwargs": {}, "_format_type": None,
+                 "_output_all_columns": False, "_split": None}
+        (new / "state.json").write_text(json.dumps(state, indent=2))
+        (new / "dataset_info.json").write_text(json.dumps({"features": features}, indent=2))
         if folder.exists():
             folder.rename(Path(beside, "old"))
         new.rename(folder)
+
+@contextlib.contextmanager
+def naming(what):
+    """What goes wrong with what others wrote becomes one line that names it."""
+    try:
+        yield
+    except Exception as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, ImportError):
+            told += f": pip install {error.name}"
+        raise ValueError(f"{what}: {told}") from None
 
 def as_numpy(value):
     """What torch, on any device, pandas or numpy.ma hold as numpy array; all else as it is."""
@@ -75,26 +94,6 @@ def as_numpy(value):
         return value.detach().cpu().numpy()[()]  # [()]: a single number is no array
     return value.to_numpy() if hasattr(value, "to_numpy") else value
 
-def write_files(folder, columns, types):
-    """The files of a dataset. columns: as write_dataset takes them; types: name -> Arrow type."""
-    num_rows, shard = len(next(iter(columns.values()))), "data-00000-of-00001.arrow"
-    features = {name: hf_feature(type_) for name, type_ in types.items()}
-    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    schema = pa.schema(list(types.items()), metadata)
-    with pa.ipc.new_stream(folder / shard, schema) as stream:
-        for start in range(0, num_rows, 16):
-            batch = [column_values(columns[name][start:start + 16], types[name]) for name in types]
-            stream.write_batch(pa.record_batch(batch, schema=schema))
-    with pa.memory_map(str(folder / shard)) as file:
-        content = hashlib.sha256(file.read_buffer())
-    state = {"_data_files": [{"filename": shard}],
-             "_fingerprint": content.hexdigest()[:16],  # `datasets` names what it caches after this
-             "_format_columns": None, "_format_kwargs": {}, "_format_type": None,
-             "_output_all_columns": False, "_split": None}
-    info = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
-    (folder / "state.json").write_text(json.dumps(state, indent=2))
-    (folder / "dataset_info.json").write_text(json.dumps(info, indent=2))
-
 def column_type(name, values):
     """Arrow type, found from the whole column: a batch of it could hold nothing but None."""
     if any(isinstance(value, np.ndarray) for value in values):
@@ -105,10 +104,8 @@ def column_type(name, values):
                 raise ValueError(f"column {name!r}, row {row} is {dtype} of shape {shape}: need "
                                  "arrays (timepoints, parcels) of one numeric dtype")
         return pa.list_(pa.list_(pa.from_numpy_dtype(values[0].dtype.name)))
-    try:
+    with naming(f"column {name!r}"):
         type_ = pa.array(values, from_pandas=True).type  # NaN among strings is a missing one
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(f"column {name!r}: {error}") from None
     if type_ not in HF_NAMES:
         raise ValueError(f"column {name!r} holds {type_}: need 2-D arrays, strings or numbers")
     return type_
@@ -127,21 +124,19 @@ def hf_feature(type_):
         return {"feature": hf_feature(type_.value_type), "_type": "Sequence"}
     return {"dtype": HF_NAMES[type_], "_type": "Value"}
 
-def robust_scale(recording, nan="refuse"):
+def robust_scale(recording, nan="refuse", tell=lambda line: warnings.warn(line, stacklevel=3)):
     """(timepoints, parcels) -> float32, each parcel with median 0 and interquartile range 1.
 
     A parcel without signal, its interquartile range at most a millionth of its largest value,
-    becomes zeros, and a warning names it. So does, with nan="zero", one with NaN, masked, infinity,
-    1e30 or more; with nan="refuse" these are a ValueError.
+    becomes zeros, and `tell`, by default a warning, names it. So does, with nan="zero", one with
+    NaN, masked, infinity, 1e30 or more; with nan="refuse" these are a ValueError.
     """
     recording = np.asarray(as_numpy(recording))
-    if nan not in ("refuse", "zero"):
-        raise ValueError(f"nan is {nan!r}, must be 'refuse' or 'zero'")
     if recording.ndim != 2 or recording.size == 0 or recording.dtype.kind not in "biuf":
         raise ValueError(f"need numbers (time, parcels), found {recording.dtype} {recording.shape}")
     recording = recording.astype(np.result_type(recording, np.float32))  # integers would overflow
     broken = ~(abs(recording) < 1e30)  # NaN too; the difference of larger numbers could be infinite
-    if nan == "refuse" and broken.any():
+    if nan != "zero" and broken.any():
         timepoint, parcel = np.argwhere(broken)[0]
         raise ValueError(f"timepoint {timepoint}, parcel {parcel} is {recording[timepoint, parcel]}"
                          ": repair it, or nan='zero' makes the whole parcel zeros")
@@ -152,7 +147,7 @@ def robust_scale(recording, nan="refuse"):
     scaled[:, silent] = 0
     if silent.any():
         parcels = ", ".join(map(str, np.flatnonzero(silent)))
-        warnings.warn(f"parcels {parcels} lack a signal or values: written as zeros", stacklevel=2)
+        tell(f"parcels {parcels} lack a signal or values: written as zeros")
     return scaled.astype(np.float32)
 
 # Synthetic recordings -----------------------------------------------------------------------------
@@ -183,11 +178,9 @@ def make_sample_data(output_dir, num_train=100, num_val=20, num_parcels=424, num
     less, which they do. Clinical scores hang together, depend on age weakly, one in ten is missing.
     A recording depends on `seed`, its split and its number alone: asking for more changes none.
     """
-    for name, value, least in (("num_train", num_train, 1), ("num_val", num_val, 1),
-                               ("num_parcels", num_parcels, 2),
-                               ("num_timepoints", num_timepoints, 20), ("seed", seed, 0)):
-        if value < least:
-            raise ValueError(f"{name} is {value}, must be at least {least}")
+    if min(num_train, num_val) < 1 or num_parcels < 2 or num_timepoints < 20 or seed < 0:
+        raise ValueError(f"{num_train=}, {num_val=}, {num_parcels=}, {num_timepoints=}, {seed=}: "
+                         "must be at least 1, 1, 2, 20, 0")
     brain = make_brain(num_parcels, np.random.default_rng([seed, 0, 0]))
     write_dataset(Path(output_dir, "coords"), {
         "Index": list(range(num_parcels)), **dict(zip("XYZ", brain["xyz"].T)),
@@ -230,8 +223,8 @@ def make_person(brain, num_timepoints, rng):
     age = rng.uniform(45, 80)
     older = (age - 62.5) / 17.5  # -1 to 1
     cutoff = 0.057 * np.exp(0.4 * older + 0.06 * rng.standard_normal())  # Hz
-    network_of_patch, num_parcels = brain["network_of_patch"], len(brain["xyz"])
-    num_patches = len(network_of_patch)
+    network_of_patch = brain["network_of_patch"]
+    num_parcels, num_patches = brain["loadings"].shape
 
     networks = time_courses(1 + len(PATCHES), num_timepoints, cutoff, rng)
     networks = 0.1 ** 0.5 * networks[:1] + 0.9 ** 0.5 * networks[1:]  # all correlate a little
@@ -299,9 +292,8 @@ def surrogate(recordings, rng):
 
 FORMATS = ".tsv .csv .txt .1D .npy .ptseries.nii"  # in any case, each with or without .gz
 FORMAT = re.compile(rf"({'|'.join(map(re.escape, FORMATS.split()))})(\.gz)?$", re.IGNORECASE)
-MISSING = r"(?i)^\s*(n/a|na|nan|null|none)?\s*$"  # a cell without a value
-BIDS = "(sub-[0-9A-Za-z]+)(_(?!sub-)[a-z]+-[^_]+)*(_[a-z]+[0-9]?)?"  # person, entities, suffix
-XCP_D = {"network_label": "Network", "roi name": "Label"}  # what its atlases call these columns
+BIDS = "^(sub-[0-9A-Za-z]+)(_(?!sub-)[a-z]+-[^_]+)*(_[a-z]+[0-9]?)?$"  # person, entities, suffix
+XCP_D = {"network_label": "network", "roi name": "label"}  # what its atlases call these columns
 WINDOW, PATCH, FEW = 200, 20, 50  # of brainlm.py: timepoints; recordings for 200 steps in 8 epochs
 
 def make_files_data(input_dir, coords, participants, output_dir, pattern, subject_pattern, header,
@@ -310,12 +302,13 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, subjec
     if not 0 < val_share < 1 or min_timepoints < PATCH or tr is not None and not tr > 0:
         raise ValueError(f"--val_share is {val_share}, --min_timepoints {min_timepoints}, --tr "
                          f"{tr}: need a share between 0 and 1, {PATCH} or more, more than 0")
-    parcels, labellings = read_parcels(Path(coords))
-    people = read_participants(Path(participants)) if participants else {}
-    nobody = {name: None for rows in people.values() for name in rows[0][1]}
+    with naming(coords):
+        parcels, labellings = read_parcels(Path(coords))
+    with naming(participants):
+        people = read_participants(Path(participants)) if participants else {}
     files = find_files(Path(input_dir), pattern, [coords, participants or coords])
     rows, short, strangers, first = [], [], 0, None
-    for file, (subject, session) in zip(files, find_people(files, input_dir, subject_pattern)):
+    for file, subject, session in [*find_people(files, input_dir, subject_pattern)]:
         with naming(file):
             names, series = read_series(file, header, labellings, len(parcels["X"]))
             first = first or (file, names)
@@ -327,7 +320,7 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, subjec
             elif (recording := cleaned(series, file)) is not None:
                 said = said_of(people.get(plain(subject), []), session)
                 strangers += said is None
-                rows.append({**(said or nobody), "Subject": subject, "File": str(file),
+                rows.append({**(said or {}), "Subject": subject, "File": str(file),
                              **({"TR": tr} if tr else {}), RECORDING_COL: recording})
 
     subjects = sorted({row["Subject"] for row in rows})
@@ -339,7 +332,7 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, subjec
     print(told)
     if subject_pattern and len(subjects) >= len(rows) - 1:
         print(f"note: --subject_pattern finds {len(subjects)} people in {len(rows)} files: right?")
-    if people:
+    if participants:
         absent = sorted(people.keys() - {plain(subject) for subject in subjects})
         told = (f"{participants}: {strangers} of {len(rows)} recordings have no row there, "
                 f"{len(absent)} of {len(people)} people no recording ({listed(absent)})")
@@ -353,29 +346,16 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, subjec
     write_dataset(Path(output_dir, "coords"), parcels)
     for split in "val", "train":
         chosen = [row for row in rows if (row["Subject"] in in_val) == (split == "val")]
-        columns = {name: [row[name] for row in chosen] for name in rows[0]}
+        columns = {name: [row.get(name) for row in chosen] for name in max(rows, key=len)}
         write_dataset(Path(output_dir, split), columns)
-    command = ["python", os.path.relpath(Path(__file__).with_name("brainlm.py")), "pretrain"]
-    for split in "train", "val", "coords":
-        command += [f"--{split}_dataset_path", str(Path(output_dir, split))]
-    shortest = min(len(row[RECORDING_COL]) for row in rows)
-    if shortest < WINDOW:
-        command += ["--num_timepoints_per_voxel", str(shortest // PATCH * PATCH)]
-    if len(chosen) < FEW:
-        command += ["--max_steps", "200"]
+    program = shlex.quote(os.path.relpath(Path(__file__).with_name("brainlm.py")))
+    data = shlex.quote(str(Path(output_dir)))
+    window = min(WINDOW, min(len(row[RECORDING_COL]) for row in rows) // PATCH * PATCH)
+    steps = "--max_steps 200 " * (len(chosen) < FEW)
     print(f"wrote {output_dir}/{{train,val,coords}}: {len(subjects) - num_val} + {num_val} people. "
-          f"Next:\n\n{shlex.join([*command, '--output_dir', 'runs/mine'])}")
-
-@contextlib.contextmanager
-def naming(file):
-    """What goes wrong while reading what others wrote becomes one line that names the file."""
-    try:
-        yield
-    except Exception as error:
-        told = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, ImportError):
-            told += f": pip install {error.name}"
-        raise ValueError(f"{file}: {told}") from None
+          f"Next:\n\npython {program} pretrain --train_dataset_path {data}/train "
+          f"--val_dataset_path {data}/val --coords_dataset_path {data}/coords "
+          f"--num_timepoints_per_voxel {window} {steps}--output_dir runs/mine")
 
 def listed(names):
     """The first three names, for a line."""
@@ -405,17 +385,15 @@ def visible_files(folder, seen):
             yield from visible_files(path, seen) if path.is_dir() else [path]
 
 def find_people(files, folder, pattern):
-    """(person, session or "") of each file: sub-<label> or what a pattern finds, ses-<label>."""
-    people, written = [], {}
+    """Each file, person, session or "": sub-<label> or what a pattern finds, ses-<label>."""
+    written = {}
     with naming(f"--subject_pattern {pattern}"):
         if pattern and re.compile(pattern).groups != 1:
             raise ValueError("need a regular expression with one group in ( )")
     for file in files:
         path = FORMAT.sub("", file.relative_to(folder).as_posix())
-        parts = [part for part in path.split("/") if re.search("(?<![A-Za-z])sub-", part)]
-        matches = ([re.search(pattern, path)] if pattern else
-                   [re.fullmatch(BIDS, part) for part in parts])
-        labels = {match and match[1] for match in matches}
+        parts = [path] if pattern else re.findall("[^/]*(?<![A-Za-z])sub-[^/]*", path)
+        labels = {match and match[1] for match in map(re.compile(pattern or BIDS).search, parts)}
         sessions = {*re.findall("(?<![^/_])ses-([0-9A-Za-z]+)", path)} or {""}
         if len(labels) != 1 or not all(labels) or len(sessions) > 1:
             raise ValueError(f"{file}: who is it? need one sub-<label>_key-value_suffix, one ses- "
@@ -424,8 +402,7 @@ def find_people(files, folder, pattern):
         other = written.setdefault(plain(label), label)
         if other != label:
             raise ValueError(f"{other} and {label}: one person or two? --subject_pattern tells")
-        people.append((label, plain(*sessions)))
-    return people
+        yield file, label, plain(*sessions)
 
 def example(path):
     """A --subject_pattern for a path, whose group is a part of it up to its longest number."""
@@ -440,21 +417,17 @@ def plain(label):
 
 def read_bytes(file):
     """The content of a file, unpacked."""
-    with open(file, "rb") as start:
-        if start.read(20).startswith((b"version https://git-", b"/annex/objects/")):
-            raise ValueError("a pointer of git-lfs or git-annex: fetch the file that it stands for")
     with (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rb") as content:
         return content.read()
 
-def read_cells(file):
-    """A table as text [rows, columns], its header included, "" where a value is missing."""
+def read_table(file, header="yes", labellings=()):
+    """A DataFrame of text, "" where a value is missing; rows, and columns without names, from 1."""
     import pandas
     content = read_bytes(file)
-    utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
-        text = content.decode("utf-16" if utf_16 else "utf-8")
+        text = content.decode()
     except UnicodeDecodeError:
-        text = content.decode("latin-1")
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1")
     if ".1d" in file.name.lower():
         text = re.sub("(?m)^ *#.*\n", "", text)
     text = text.strip("\r\n")
@@ -462,74 +435,67 @@ def read_cells(file):
         raise ValueError("no rows")
     separator = next((mark for mark in "\t;," if mark in text.partition("\n")[0]), r"\s+")
     table = pandas.read_csv(io.StringIO(text, newline=None), sep=separator, header=None, dtype=str,
-                            keep_default_na=False, skip_blank_lines=False,
-                            engine="python")  # which tells an empty cell from one that is not there
-    for row in np.flatnonzero(table.isna().any(axis=1)):
-        raise ValueError(f"row {row + 1} has fewer cells than row 1")
-    return table.replace(rf"{MISSING}|^\s+|\s+$", "", regex=True).to_numpy(object)
+                            keep_default_na=False, skip_blank_lines=False, engine="python")
+    table = table.set_axis(range(1, len(table) + 1)).rename(columns=lambda column: column + 1)
+    for row in table.index[table.isna().any(axis=1)]:  # an empty cell is "", one not there is NaN
+        raise ValueError(f"row {row} has fewer cells than row 1")
+    table = table.replace(r"(?i)^\s*(n/a|na|nan|null|none)?\s*$|^\s+|\s+$", "", regex=True)
+    if any({*labels} in ({*table[1]}, {*table[1][1:]}) for labels in labellings):
+        raise ValueError("column 1 names the parcels: transposed")
+    if header == "yes" or header == "auto" and has_header(table, labellings):
+        table = table[1:].set_axis(table.loc[1], axis=1)
+    return table
 
 def parse(cells):
     """Text -> float64 of its shape, NaN where it is no number; and where it is other text."""
     import pandas
     text = pandas.Series(np.ravel(cells), dtype=str)
-    commas = text[text.str.contains(",", regex=False)]
-    thousands = commas.str.fullmatch(r"[-+]?[1-9]\d{0,2}(,\d{3})+").all()
-    if not thousands and not text.str.contains(".", regex=False).any():
-        text = text.str.replace(",", ".", regex=False)
-    values = pandas.to_numeric(text, errors="coerce").to_numpy(np.float64).reshape(cells.shape)
-    return values, np.isnan(values) & (cells != "")
+    commas = text.str.contains(",") & ~text.str.fullmatch(r"[-+]?[1-9]\d{0,2}(,\d{3})+")
+    if commas.any() and not text.str.contains(".", regex=False).any():  # 1,234 may be thousands
+        text = text.str.replace(",", ".")
+    values = pandas.to_numeric(text, errors="coerce").to_numpy(np.float64).reshape(np.shape(cells))
+    return values, np.isnan(values) & (np.array(cells) != "")
 
-def numbers(cells, names, first_row):
+def numbers(table):
     """Text -> float64, NaN where a value is missing; other text is refused by row and column."""
-    values, other = parse(cells)
+    values, other = parse(table)
     for row, column in np.argwhere(other):
-        raise ValueError(f"row {row + first_row}, column {names[column]}: {cells[row, column]!r}, "
-                         "need numbers or n/a, decimals all with points or all with commas")
+        cell = f"row {table.index[row]}, column {table.columns[column]}: {table.iat[row, column]!r}"
+        raise ValueError(f"{cell}, need numbers or n/a, decimals all with points or all commas")
     return values
 
-def has_header(cells, labellings):
+def has_header(table, labellings):
     """Whether the first row of a series is names of parcels and no timepoint."""
-    values, other = parse(cells[0])
-    if other.any() or any(set(cells[0]) >= set(labels) for labels in labellings):
+    names, (ids, other) = [*table.loc[1]], parse(table.loc[1])
+    if other.any() or any({*names} >= {*labels} for labels in labellings):
         return True
-    ids = values[int(cells[0, 0] == ""):]  # pandas writes no name above an index
-    if (ids % 1 != 0).any() or len(set(ids)) < len(ids):
-        return False
-    if (parse(cells[1:])[0] % 1 > 0).any():
-        return True
-    raise ValueError(f"row 1 is {listed([*cells[0]])}: values or names? --header yes or no tells")
+    ids = ids[int(names[0] == ""):]  # pandas writes no name above an index
+    whole = not (ids % 1).any() and len({*ids}) == len(ids)
+    if whole and not (parse(table[1:])[0] % 1 > 0).any():
+        raise ValueError(f"row 1 is {listed(names)}: values or names? --header yes or no tells")
+    return whole
 
 def read_series(file, header, labellings, num_parcels):
-    """Names of the columns or None, and float64 [timepoints, parcels], NaN where missing."""
-    kind, names = FORMAT.search(file.name)[1].lower(), None
+    """The names of the columns, if any, and float64 [timepoints, parcels in the atlas' order]."""
+    kind, names = FORMAT.search(file.name)[1].lower(), []
     if kind == ".npy":
-        cells = np.load(io.BytesIO(read_bytes(file)))
-        if cells.ndim != 2 or cells.dtype.kind not in "biuf":
-            raise ValueError(f"{cells.dtype} of shape {cells.shape}, need (timepoints, parcels)")
+        series = np.load(io.BytesIO(read_bytes(file)))
+        if series.ndim != 2 or series.dtype.kind not in "biuf":
+            raise ValueError(f"{series.dtype} of shape {series.shape}, need (timepoints, parcels)")
     elif kind == ".ptseries.nii":
         import nibabel
         image = nibabel.Cifti2Image.from_bytes(read_bytes(file))
-        cells, names = image.get_fdata(), [*image.header.get_axis(1).name]
+        series, names = image.get_fdata(), [*image.header.get_axis(1).name]
     else:
-        cells = read_cells(file)
-    rows, columns = cells.shape
-    named = any({*labels} in ({*cells[:, 0]}, {*cells[1:, 0]}) for labels in labellings)
-    if named or num_parcels in (rows, rows - 1) and columns not in (num_parcels, num_parcels + 1):
-        raise ValueError(f"{rows} rows of {columns} for {num_parcels} parcels: transposed")
-    if cells.dtype == object:
-        start = int(has_header(cells, labellings) if header == "auto" else header == "yes")
-        counts = np.array_equal(parse(cells[start:, 0])[0], np.arange(len(cells) - start))
-        if columns > num_parcels and (counts or start and cells[0, 0] == ""):  # pandas' index
-            cells = cells[:, 1:]
-        names = [*cells[0]] if start else None
-        cells = numbers(cells[start:], names or range(1, cells.shape[1] + 1), 1 + start)
-    series = np.array(cells, np.float64)
+        table = read_table(file, header, labellings)
+        counts = np.array_equal(parse(table.iloc[:, 0])[0], np.arange(len(table)))
+        if table.shape[1] > num_parcels and (counts or table.columns[0] == ""):  # pandas' index
+            table = table.iloc[:, 1:]
+        names, series = [name for name in table if isinstance(name, str)], numbers(table)
+    series = np.array(series, np.float64)
     for row, column in np.argwhere(abs(series) >= 1e30):
         raise ValueError(f"timepoint {row + 1}, column {column + 1} is {series[row, column]}")
-    return names, in_atlas_order(names or [], series, labellings, num_parcels)
 
-def in_atlas_order(names, series, labellings, num_parcels):
-    """The columns of a series [timepoints, columns] in the atlas' order, by names if they have."""
     orders = [labels for labels in labellings if sorted(labels) == sorted(names)]
     counted = names == [str(i) for i in range(len(names))]  # by pandas, where there are no names
     if labellings and not orders and not counted:
@@ -538,91 +504,74 @@ def in_atlas_order(names, series, labellings, num_parcels):
         raise ValueError(f"parcels of --coords without a column: {listed([*lacking])}; columns "
                          f"that are no parcel there: {listed([*surplus])}")
     if series.shape[1] != num_parcels:
-        raise ValueError(f"{series.shape[1]} columns for {num_parcels} parcels, first and last are "
-                         f"{listed(names[:1] + names[-1:])}")
+        hint = ": transposed?" * (len(series) == num_parcels)
+        raise ValueError(f"(timepoints, parcels) are {series.shape} for {num_parcels} rows of "
+                         f"--coords{hint}")
     if any(labels != orders[0] for labels in orders):
         raise ValueError("two columns of --coords name the columns, in two orders: leave one out")
-    return series[:, [names.index(label) for label in orders[0]]] if orders else series
+    return names, series[:, [names.index(label) for label in orders[0]]] if orders else series
 
 def cleaned(series, file):
     """A series scaled, its gaps interpolated in time, or None where most of it is. All is told."""
     gaps = np.isnan(series).all(axis=1)
-    lost = 2 * gaps.sum() > len(series)
-    if gaps.any():
-        print(f"{file}: {gaps.sum()} of {len(series)} timepoints have no values:",
-              "left out" if lost else "interpolated")
-    if lost:
+    if 2 * gaps.sum() > len(series):
+        print(f"{file}: {gaps.sum()} of {len(series)} timepoints have no values: left out")
         return None
+    if gaps.any():
+        print(f"{file}: {gaps.sum()} of {len(series)} timepoints have no values: interpolated")
     for signal in series.T:
         signal[gaps] = np.interp(np.flatnonzero(gaps), np.flatnonzero(~gaps), signal[~gaps])
-    with warnings.catch_warnings(record=True) as silent:
-        warnings.simplefilter("always")
-        scaled = robust_scale(series, nan="zero")
+    scaled = robust_scale(series, nan="zero", tell=lambda line: print(f"{file}: {line}"))
     if not scaled.any():
         raise ValueError("no parcel varies")
-    for warning in silent:
-        print(f"{file}: {warning.message}")
     if (abs(scaled) > 50).any():
         print(f"note: {file}: {(abs(scaled) > 50).sum()} values are spikes, past 50 after scaling")
     if len(series) == series.shape[1]:
         print(f"note: {file}: as many rows as columns: rows are taken as timepoints")
     return scaled
 
-def read_columns(file):
-    """A table with a header as a DataFrame of text."""
-    import pandas
-    cells = read_cells(file)
-    table = pandas.DataFrame(cells[1:], columns=cells[0], dtype=object)
-    repeated = table.columns[table.columns.duplicated()]
-    if table.empty or len(repeated):
-        raise ValueError(f"need rows below the header, and no column twice: {listed([*repeated])}")
-    return table
-
 def read_parcels(file):
     """The columns of the coords dataset, and each column of the table that can name parcels."""
-    with naming(file):
-        table = read_columns(file)
-        short = [name.lower().replace("mni_", "").replace("_mni", "") for name in table]
-        axes = "xyz" if {*"xyz"} & {*short} else "ras"
-        if axes == "xyz" and {*"ras"} <= {*short}:
-            print(f"note: {file}: x, y, z are read, R, A, S are not")
-        if [short.count(axis) for axis in axes] != [1, 1, 1]:
-            raise ValueError(f"need one x, y, z (or R, A, S), in MNI mm; found {', '.join(table)}")
-        axes = [table.columns[short.index(axis)] for axis in axes]
-        xyz = numbers(table[axes].to_numpy(), axes, first_row=2)
-        reach = abs(xyz).max(axis=1)  # of a brain 110 mm, and not all of it is above 0
-        for row in np.flatnonzero(~(reach < 200) | (reach < 1).all() | ~(xyz < 0).any()):
-            raise ValueError(f"row {row + 2}: {', '.join(axes)} are {xyz[row].tolist()}: need MNI "
-                             "mm, no voxel indices, no metres, none missing")
-        parcels, labellings = dict(zip("XYZ", xyz.T)), []
-        for name, cells in table.drop(columns=axes).items():
-            kind = XCP_D.get(name.lower(), name.title())
-            if kind == "Label" and not cells.is_unique:
-                raise ValueError(f"column {name}: {cells.mode()[0]} names several parcels")
-            if kind in ("Label", "Network"):
-                parcels[kind] = np.where(cells == "", None, cells)
-            if cells.is_unique and all(cells) and not (parse(cells)[0] % 1 > 0).any():
-                labellings.append([*cells])
+    table = read_table(file)
+    kinds = [re.sub("_?mni_?", "", XCP_D.get(name.lower(), name.lower())) for name in table]
+    axes = "xyz" if {*"xyz"} & {*kinds} else "ras"
+    if axes == "xyz" and {*"ras"} <= {*kinds}:
+        print(f"note: {file}: x, y, z are read, R, A, S are not")
+    if [kinds.count(axis) for axis in axes] != [1, 1, 1] or not table.columns.is_unique:
+        raise ValueError(f"need x, y, z (or R, A, S), no name twice; found {', '.join(table)}")
+    axes = [table.columns[kinds.index(axis)] for axis in axes]
+    xyz = numbers(table[axes])
+    reach = abs(xyz).max(axis=1)  # of a brain 110 mm, and not all of it is above 0
+    for row in np.flatnonzero(~(reach < 200) | (reach < 1).all() | ~(xyz < 0).any()):
+        raise ValueError(f"row {row + 2}: {', '.join(axes)} are {xyz[row].tolist()}: need MNI mm, "
+                         "no voxel indices, no metres, none missing")
+    parcels, labellings = dict(zip("XYZ", xyz.T)), []
+    for kind, (name, cells) in zip(kinds, table.items()):
+        if kind == "label" and not cells.is_unique:
+            raise ValueError(f"column {name}: {cells.mode()[0]} names several parcels")
+        if kind in ("label", "network"):
+            parcels[kind.title()] = np.where(cells == "", None, cells)
+        whole = not (parse(cells)[0] % 1 > 0).any()
+        if name not in axes and cells.is_unique and all(cells) and whole:
+            labellings.append([*cells])
     return parcels, labellings
 
 def read_participants(file):
     """{person: [(session or "", {column: value}), ...]}, a pair for each row."""
-    people = {}
-    with naming(file):
-        table = read_columns(file)
-        if "participant_id" not in table or {"Subject", "File", RECORDING_COL} & {*table}:
-            raise ValueError(f"need participant_id, no Subject and File; found {', '.join(table)}")
-        ids = table.pop("participant_id")
-        for row in np.flatnonzero(ids == ""):
-            raise ValueError(f"row {row + 2} lacks participant_id")
-        sessions = table.get("session_id", [""] * len(ids))
-        columns = {}
-        for name, cells in table.items():
-            values, other = parse(cells)
-            columns[name] = np.where(cells == "", None, cells if other.any() else values).tolist()
-        for label, session, *values in zip(ids, sessions, *columns.values()):
-            row = plain(session), dict(zip(columns, values))
-            people.setdefault(plain(label), []).append(row)
+    table, people = read_table(file), {}
+    columns = [*table, "Subject", "File", RECORDING_COL]
+    if "participant_id" not in columns or len({*columns}) < len(columns):
+        raise ValueError("need participant_id, no column twice, none called Subject or File; found "
+                         f"{', '.join(table)}")
+    persons, sessions = table["participant_id"], table.get("session_id", [""] * len(table))
+    for row in persons.index[persons == ""]:
+        raise ValueError(f"row {row} lacks participant_id")
+    for name, cells in table.items():
+        values, other = parse(cells)
+        table[name] = np.where(cells == "", None, cells if other.any() else values)
+    for person, session, row in zip(persons, sessions, table.to_dict("records")):
+        del row["participant_id"]
+        people.setdefault(plain(person), []).append((plain(session), row))
     return people
 
 def said_of(rows, session):
@@ -637,9 +586,8 @@ def said_of(rows, session):
 def main():
     parser = argparse.ArgumentParser(description="Write datasets for brainlm.py.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    sources = {"synthetic": make_sample_data, "files": make_files_data}
     flag = parser.add_argument
-    flag("--source", choices=[*sources], default="synthetic", help="made up, or your own")
+    flag("--source", choices=["synthetic", "files"], default="synthetic", help="made up, or yours")
     flag("--output_dir", default="./sample_data", help="where the datasets go")
     flag("--seed", type=int, default=0, help="same seed, same bytes or split")
     flag = parser.add_argument_group("synthetic data only").add_argument
@@ -658,12 +606,11 @@ def main():
     flag("--min_timepoints", type=int, default=200, help="leave out shorter files")
     flag("--tr", type=float, help="seconds between timepoints, for a column TR")
     args = vars(parser.parse_args())
-    make = sources[args.pop("source")]
+    make = make_files_data if args["source"] == "files" else make_sample_data
     try:
         make(**{name: args[name] for name in inspect.signature(make).parameters})
     except (OSError, ValueError) as error:
-        print(f"sample_data.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"sample_data.py: {error}\n")
 
 if __name__ == "__main__":
     main()

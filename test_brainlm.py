@@ -1891,9 +1891,9 @@ SERIES_FAULTS = {   # what the line says of sub-01's file, and what is in it
     "parcels .*without a column: a; .*no parcel there: 0.3": cells(X, ["0.3", *"bcd"]),
     "parcels .*without a column: d; .*no parcel there: none": cells(X[:, :3], "abc"),
     "parcels .*without a column: none; .*no parcel there: fd": cells(MORE, [*"abcd", "fd"]),
-    "5 columns for 4 parcels": cells(MORE, ""),
-    "4 rows of 40 for 4 parcels: transposed": cells(X.T, ""),
-    "4 rows of 5 for 4 parcels: transposed": "".join(
+    "are .40, 5. for 4 rows of --coords": cells(MORE, ""),
+    "are .4, 40. for 4 rows of --coords: transposed": cells(X.T, ""),
+    "column 1 names the parcels: transposed": "".join(
         f"{name}\t{row}" for name, row in zip("abcd", cells(X[:4].T, "").splitlines(True)))}
 COORDS_FAULTS = {
     "row 4: R, A, S are .7.0, nan, 9.0": ATLAS.replace("8", ""),
@@ -1908,11 +1908,11 @@ PEOPLE_FAULTS = {
     "3 of 3 .*.A1.": "participant_id\tage\nA1\t30\n",
     "need participant_id.*found id, age": "id\tage\n01\t3\n",
     "row 3 lacks participant_id": "participant_id\tage\n01\t3\nn/a\t4\n",
-    "need rows .*no column twice: age": "participant_id\tage\tage\n01\t3\t4\n"}
+    "no column twice.*found participant_id, age, age": "participant_id\tage\tage\n01\t3\t4\n"}
 FILES_FAULTS = {    # what the line says, and a file more
     "sub-00_timeseries.npy: .*pickle": np.array([{}]),
     "sub-00_timeseries.npy: complex128 of shape": X + 1j,
-    "sub-04_timeseries.npy: 4 rows of 40 for 4 parcels: transposed": X.T,
+    "sub-04_timeseries.npy: .*are .4, 40. for 4 rows of --coords: transposed": X.T,
     "sub-00_timeseries.tsv: .*No such file": partial(os.symlink, ".git/annex/objects/x"),
     "sub-01/sub-02_timeseries.npy: who is it.*--subject_pattern": X,
     "ses-1/sub-01_ses-2_timeseries.npy: who is it": X,
