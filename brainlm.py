@@ -447,8 +447,7 @@ class Muon(torch.optim.Optimizer):
                 gram = step @ step.T
                 step = 3.4445 * step + (-4.7750 * gram + 2.0315 * gram @ gram) @ step
             step = step.T if tall else step
-            # The root of its mean square becomes 1, about as of Adam's steps: both share a rate.
-            matrix.sub_(rate * math.sqrt(max(matrix.shape)) * step)
+            matrix.sub_(rate * math.sqrt(max(matrix.shape)) * step)        # RMS 1, as of Adam's
 
 def make_optimizers(model):
     """Muon for the layers' matrices, Adam for the rest."""
@@ -519,7 +518,7 @@ def initial_weights(model):
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
     nn.init.normal_(model.cls_token, std=0.02)
-    nn.init.normal_(model.mask_token, std=0.3)          # at H = 128 as large as a patch
+    nn.init.normal_(model.mask_token, std=0.3)          # about as long as a patch
 
     # A patch is written along P orthonormal directions, and read from them again (about 1.4 times
     # as large, by the LayerNorm between). Nothing else may point there, or the head would print it
