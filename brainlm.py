@@ -492,8 +492,7 @@ def train(model, optimizers, batch_loss, training, num_steps, first_step=0):
 # Kriging (interpolation) in space, autoregression in time, written as attention. What a random
 # network would find out first is known: a parcel is like its neighbours, and goes on as it was
 # going. So even heads, the spatial ones, average what is near at the same time; odd heads, the
-# temporal ones, continue what the same place did one patch ago. Without this the same is learned,
-# but later.
+# temporal ones, continue what the same place did one patch ago. Without it the same comes later.
 
 SPATIAL_WHERE, SPATIAL_WHEN = 2.0, 4.0      # factors of a query's parts: the larger, the choosier.
 TEMPORAL_WHERE, TEMPORAL_WHEN = 4.0, 3.0    # Spatial heads average, temporal ones want one place;
@@ -1211,6 +1210,12 @@ def make_missing_sample_data():
     if WORLD_SIZE > 1:
         dist.barrier()
 
+def people_of(dataset):
+    """Who is in a RecordingDataset: its column Subject or, without one, its folder for them all."""
+    if dataset.table.column_names.count("Subject") != 1:
+        return {str(Path(dataset.path).resolve())}
+    return {*map(str, dataset.table["Subject"].to_pylist())} - {"None"}
+
 def open_data(args, T):
     """The Data of a command, whose windows are of T timepoints."""
     device, autocast = prepare_device(args)
@@ -1224,10 +1229,7 @@ def open_data(args, T):
                            (args.val_dataset_path, args.max_eval_samples)))
     print(f"data: {len(train_set)} training and {len(val_set)} validation recordings, {len(xyz)} "
           f"parcels, windows of {T}")
-    both = set.intersection(*({str(Path(dataset.path).resolve())}  # people; unnamed: folders
-                              if dataset.table.column_names.count("Subject") != 1 else
-                              {*map(str, dataset.table["Subject"].to_pylist())} - {"None"}
-                              for dataset in (train_set, val_set)))
+    both = people_of(train_set) & people_of(val_set)
     if both:
         print(f"note: {min(both)} ({len(both)} in all) is in the training and in the validation "
               "data: scores tell nothing of new people")
