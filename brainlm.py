@@ -314,8 +314,8 @@ class BrainLM(nn.Module):
         H, P = config.hidden_size, config.timepoint_patching_size
         self.patch_projection = nn.Linear(P, H)
         self.spatial_encoding = SpatialEncoding(H)
-        self.mask_token = nn.Parameter(torch.empty(H))
-        self.cls_token = nn.Parameter(torch.empty(H))
+        self.mask_token = nn.Parameter(torch.zeros(H))
+        self.cls_token = nn.Parameter(torch.zeros(H))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(H)
         self.head = nn.Linear(H, P)

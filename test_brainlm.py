@@ -1554,7 +1554,7 @@ def test_the_readmes_trainer(data, uninterrupted, monkeypatch):
     assert not torch.equal(names["hub_model"].model.head.weight, before.head.weight)
     module = sys.modules[type(names["hub_model"]).__module__]
     calls = spy(monkeypatch, module, "block_causal_attention")
-    exec(trainer[trainer.index("arguments = "):].replace(
+    exec(trainer[trainer.index("Trainer(hub_model"):].replace(
         "max_steps=2", "max_steps=1, gradient_checkpointing=True"), names)
     assert len(calls) == 2 * 2, "twice a layer"
 
