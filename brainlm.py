@@ -39,7 +39,7 @@ class BrainLMConfig:
     timepoint_patching_size: int = 20         # P, timepoints of a patch
     hidden_size: int = 64                     # H, width of a token
     num_hidden_layers: int = 4                # each: attention, then an MLP
-    num_attention_heads: int = None           # None: an even number, about H / 64
+    num_attention_heads: int = None           # None: an even number, about H / 64, at least 2
     intermediate_size: int = None             # width of the MLP in a layer; None: 4 * H
     mask_ratio: float = 0.75                  # share of the parcels that a random mask hides
     forward_mask_prob: float = 0.3            # share of the training steps that learn to forecast
@@ -447,16 +447,16 @@ class Muon(torch.optim.Optimizer):
                 gram = step @ step.T
                 step = 3.4445 * step + (-4.7750 * gram + 2.0315 * gram @ gram) @ step
             step = step.T if tall else step
-            matrix.sub_(rate * math.sqrt(max(matrix.shape)) * step)        # RMS 1, as of Adam's
+            matrix.sub_(rate * math.sqrt(max(matrix.shape)) * step)        # RMS about 1, as Adam's
 
 def make_optimizers(model):
     """Muon for the layers' matrices, Adam for the rest."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = [p for name, p in trained.items() if "layers." in name and p.dim() == 2]
-    others = [p for name, p in trained.items() if "layers." not in name or p.dim() < 2]
+    matrices = {name: p for name, p in trained.items() if "layers." in name and p.dim() == 2}
+    others = [p for name, p in trained.items() if name not in matrices]
     optimizers = [torch.optim.Adam(others, fused=True)]
     if matrices:                                # none where the backbone is frozen
-        optimizers.append(Muon(matrices))
+        optimizers.append(Muon(matrices.values()))
     return optimizers
 
 def train(model, optimizers, batch_loss, training, num_steps, first_step=0):
@@ -517,7 +517,7 @@ def initial_weights(model):
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
     nn.init.normal_(model.cls_token, std=0.02)
-    nn.init.normal_(model.mask_token, std=0.3)          # about as long as a patch
+    nn.init.normal_(model.mask_token, std=0.3)          # two thirds as long as a patch
 
     # A patch is written along P orthonormal directions, and read from them again (about 1.4 times
     # as large, by the LayerNorm between). Nothing else may point there, or the head would print it
@@ -640,15 +640,20 @@ def open_numbers(table, name, path):
 
 def open_coordinates(path):
     """read_coordinates, networks as text; BadInput for what is missing, a note for odd units."""
-    with refusing(f"{path}: columns X, Y, Z must hold a number in each row, which is a parcel"):
-        xyz, networks = read_coordinates(path)                       # [V, 3]
-        reach = xyz.abs().max()         # of a brain: 110 mm; and voxel indices are never negative
-    for row, axis in (~xyz.isfinite()).nonzero():
-        raise BadInput(f"{path}: column {'XYZ'[axis]!r}, row {row} is missing or infinite")
+    table = read_arrow(path)
+    if len(table) == 0:
+        raise BadInput(f"{path} has no rows, of which each is a parcel")
+    for axis in "XYZ":
+        missing = np.flatnonzero(np.isnan(open_numbers(table, axis, path)))
+        if len(missing):
+            raise BadInput(f"{path}: column {axis!r}, row {missing[0]} is missing")
+    xyz, networks = read_coordinates(path)                                           # [V, 3]
+    reach = xyz.abs().max()             # of a brain: 110 mm; and voxel indices are never negative
     if xyz.min() >= 0 or not 12 <= reach <= 200:
         print(f"note: {path}: coordinates up to {reach:.4g} do not look like MNI millimetres")
-    if networks is not None:            # what is not equal to itself is NaN: missing
-        networks = [str(name) if name is not None and name == name else None for name in networks]
+    if networks is not None:
+        names = [str(name) for name in networks]
+        networks = [None if name in ("None", "nan") else name for name in names]
     return xyz, networks
 
 def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples=None):
@@ -1179,7 +1184,7 @@ BrainLM.attention, BrainLM.similarity = attention, similarity
 # 13. Devices, many processes, and the data of a command -------------------------------------------
 
 RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
-if dist.is_torchelastic_launched():             # by torchrun
+if dist.is_available() and dist.is_torchelastic_launched():        # by torchrun
     RANK, LOCAL_RANK = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     WORLD_SIZE = int(os.environ["WORLD_SIZE"])
 
@@ -1599,6 +1604,9 @@ def parse(arguments=None):
     return args
 
 def main(arguments=None):
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):              # a console may lack letters of a column
+            stream.reconfigure(errors="replace")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")              # rank 0 speaks for all
     try:

@@ -19,6 +19,7 @@ import shlex
 import tempfile
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def write_dataset(folder, columns):
 
     A column of arrays (timepoints, parcels), of numpy, torch or pandas, keeps its dtype; lengths
     may differ. Any other holds strings, ints, floats or bools; None, NaN or masked is missing. An
-    older dataset in `folder` is replaced, and only once the new one is complete.
+    older dataset in `folder` is replaced, and only once the new one is complete; by one at a time.
     """
     folder = Path(folder).resolve()
     columns = {name: [as_numpy(value) for value in as_numpy(values)]
@@ -124,7 +125,7 @@ def hf_feature(type_):
         return {"feature": hf_feature(type_.value_type), "_type": "Sequence"}
     return {"dtype": HF_NAMES[type_], "_type": "Value"}
 
-def robust_scale(recording, nan="refuse", tell=lambda line: warnings.warn(line, stacklevel=3)):
+def robust_scale(recording, nan="refuse", tell=None):
     """(timepoints, parcels) -> float32, each parcel with median 0 and interquartile range 1.
 
     A parcel without signal, its interquartile range at most a millionth of its largest value,
@@ -147,6 +148,7 @@ def robust_scale(recording, nan="refuse", tell=lambda line: warnings.warn(line, 
     scaled[:, silent] = 0
     if silent.any():
         parcels = ", ".join(map(str, np.flatnonzero(silent)))
+        tell = tell or partial(warnings.warn, stacklevel=2)
         tell(f"parcels {parcels} lack a signal or values: written as zeros")
     return scaled.astype(np.float32)
 
@@ -344,14 +346,16 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, subjec
     num_val = min(max(1, round(val_share * len(subjects))), len(subjects) - 1)
     in_val = np.random.default_rng(seed).permutation(subjects)[:num_val]
     write_dataset(Path(output_dir, "coords"), parcels)
-    for split in "val", "train":
-        chosen = [row for row in rows if (row["Subject"] in in_val) == (split == "val")]
-        columns = {name: [row.get(name) for row in chosen] for name in max(rows, key=len)}
+    names = max(rows, key=len)  # of a row that has the participants' columns
+    of_split = {"val": [row for row in rows if row["Subject"] in in_val],
+                "train": [row for row in rows if row["Subject"] not in in_val]}
+    for split, chosen in of_split.items():
+        columns = {name: [row.get(name) for row in chosen] for name in names}
         write_dataset(Path(output_dir, split), columns)
     program = shlex.quote(os.path.relpath(Path(__file__).with_name("brainlm.py")))
     data = shlex.quote(str(Path(output_dir)))
     window = min(WINDOW, min(len(row[RECORDING_COL]) for row in rows) // PATCH * PATCH)
-    steps = "--max_steps 200 " * (len(chosen) < FEW)
+    steps = "--max_steps 200 " if len(of_split["train"]) < FEW else ""
     print(f"wrote {output_dir}/{{train,val,coords}}: {len(subjects) - num_val} + {num_val} people. "
           f"Next:\n\npython {program} pretrain --train_dataset_path {data}/train "
           f"--val_dataset_path {data}/val --coords_dataset_path {data}/coords "
@@ -476,7 +480,8 @@ def has_header(table, labellings):
     return whole
 
 def read_series(file, header, labellings, num_parcels):
-    """The names of the columns, if any, and float64 [timepoints, parcels in the atlas' order]."""
+    """The names of the columns in the file's order, if any, and, in the atlas' order, their values,
+    float64 [timepoints, parcels]."""
     kind, names = FORMAT.search(file.name)[1].lower(), []
     if kind == ".npy":
         series = np.load(io.BytesIO(read_bytes(file)))
@@ -566,11 +571,12 @@ def read_participants(file):
     persons, sessions = table["participant_id"], table.get("session_id", [""] * len(table))
     for row in persons.index[persons == ""]:
         raise ValueError(f"row {row} lacks participant_id")
-    for name, cells in table.items():
+    columns = {}
+    for name, cells in table.drop(columns="participant_id").items():
         values, other = parse(cells)
-        table[name] = np.where(cells == "", None, cells if other.any() else values)
-    for person, session, row in zip(persons, sessions, table.to_dict("records")):
-        del row["participant_id"]
+        columns[name] = np.where(cells == "", None, cells if other.any() else values).tolist()
+    for person, session, *cells in zip(persons, sessions, *columns.values()):
+        row = dict(zip(columns, cells))
         people.setdefault(plain(person), []).append((plain(session), row))
     return people
 

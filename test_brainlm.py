@@ -432,7 +432,7 @@ TRAINING = ("--save_steps=2 --logging_steps=3 --eval_steps=3 --gradient_accumula
             "--per_device_train_batch_size=2").split()
 IN_SAVE_2, IN_SAVE_4 = 22, 37   # file operations of a run, in which it saves after these steps
 processes = multiprocessing.get_context("forkserver")   # from one that imported torch: quick
-processes.set_forkserver_preload(["brainlm", "pytest", "torch._dynamo"])     # AdamW's, the last one
+processes.set_forkserver_preload(["brainlm", "pytest", "torch._dynamo"])     # Adam's, the last one
 LOUD = pytest.mark.filterwarnings("error")      # a warning would be a second line on stderr
 
 def numbers(rows=20, columns=V, seed=0):
@@ -1540,6 +1540,9 @@ def test_the_tables_of_the_readmes_are_those_that_commands_wrote(monkeypatch):
     for readme in results.READMES:
         text = readme.read_text(encoding="utf-8")
         assert results.with_tables(text, numbers) == text, f"python benchmarks/results.py: {readme}"
+        assert not re.search(r"<!-- results: \S+ -->\n(?!\|)", text), "a table is missing"
+        for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
+            assert (readme.parent / picture).exists()
     assert results.with_tables(README, numbers).count("<!-- results:") == 2
 
 def test_the_readmes_trainer(data, uninterrupted, monkeypatch):

@@ -4,6 +4,7 @@
     python benchmarks/hcp.py [FOLDER]                       # ./hcp
 """
 
+import argparse
 import ast
 import importlib.util
 import sys
@@ -42,15 +43,17 @@ def make_hcp_data(output_dir, num_surrogates=200, seed=0):
 
     hcp, external = (sorted(package.glob(f"data/datasets/{cohort}/subjects/*/functional/*.mat"))
                      for cohort in ("hcp", "gw"))
-    for split, files in ("external", external), ("val", hcp[-2:]), ("train", hcp[:-2]):
+    for split, files in ("external", external), ("val", hcp[-2:]), ("train", hcp[:-2]):   # last
         subjects = [file.parts[-3] for file in files]
         recordings = [robust_scale(loadmat(file)["tc"].T) for file in files]
         write_dataset(Path(output_dir, split), {"Subject": subjects, RECORDING_COL: recordings})
     rng = np.random.default_rng(seed)
-    made = [surrogate(recordings, rng) for _ in range(num_surrogates)]
+    made = [surrogate(recordings, rng) for _ in range(num_surrogates)]      # of those in train
     write_dataset(Path(output_dir, "surrogates"), {RECORDING_COL: made})
     print(f"wrote {output_dir}/{{train,val,external,surrogates,coords}}: {len(hcp) - 2} + 2 + "
           f"{len(external)} real recordings, and {num_surrogates} made of those in train")
 
 if __name__ == "__main__":
-    make_hcp_data(*sys.argv[1:] or ["./hcp"])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", default="./hcp")
+    make_hcp_data(parser.parse_args().folder)

@@ -5,8 +5,8 @@
     python benchmarks/people.py --max_steps 1000 4000           # does longer training help?
 
 The people to validate on are the same ones. Each run is a folder in runs/people, and what is
-complete there is not run again. Prints tables of R2 and puts them into results.json and the READMEs
-(those of 2,000 steps); `python benchmarks/pictures.py` draws them.
+complete there is not run again. Prints tables of R2; when all runs are complete (of 2,000 steps) it
+puts them into results.json and the READMEs, and `python benchmarks/pictures.py` draws them.
 """
 
 import argparse
@@ -30,7 +30,7 @@ MEASURES = {"masked patches": ("masked", "R2"), "forecasting 20 timepoints": ("f
             "2 timepoints ahead": ("forecast", "R2 at 2"),
             "3 timepoints ahead": ("forecast", "R2 at 3"), "age": ("Age", "R2")}
 
-def train(folder, people, steps, seed):
+def pretrain_and_finetune(folder, people, steps, seed):
     """Pretrain and finetune, unless it has been done."""
     data = folder / f"data_{people}"
     if not Path(data, "train", "state.json").exists():
@@ -69,20 +69,21 @@ def collect(folder, steps):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--people", nargs="+", type=int, default=PEOPLE)
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--people", nargs="+", type=int, choices=PEOPLE, default=PEOPLE)
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS)
     parser.add_argument("--max_steps", nargs="+", type=int, default=[STEPS])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/people"))
     args = parser.parse_args()
     for steps in args.max_steps:
         for seed in args.seeds:
             for people in args.people:
-                train(args.output_dir, people, steps, seed)
+                pretrain_and_finetune(args.output_dir, people, steps, seed)
                 print(f"{people} people, {steps} steps, seed {seed}: done", flush=True)
         tables = collect(args.output_dir, steps)
         print(f"\n{steps} steps\n\n{results.markdown(tables)}")
-        if steps == STEPS:
-            results.put({"people": tables})
+        runs = list(args.output_dir.glob(f"*_{steps}_steps_*/finetune/evaluation.json"))
+        if steps == STEPS and len(runs) == len(PEOPLE) * len(SEEDS):
+            results.add_tables({"people": tables})
 
 if __name__ == "__main__":
     main()

@@ -65,7 +65,7 @@ def with_tables(text, results):
         return line + markdown(results[name]).rstrip("\n") + "\n" if name in results else found[0]
     return re.sub(r"(<!-- results: (\S+) -->\n)(?:\|.*\n|\n(?=\|))*", below, text)
 
-def put(more):
+def add_tables(more):
     """{name: tables} more into results.json, and all of it into the READMEs."""
     file = HERE / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {}
@@ -76,8 +76,10 @@ def put(more):
                           encoding="utf-8")
 
 def main():
-    name, *runs = sys.argv[1:] or [None]
-    put({name: collect(name, runs)} if runs else {})
+    if len(sys.argv) == 2:
+        sys.exit(__doc__)
+    name, runs = sys.argv[1:2], sys.argv[2:]
+    add_tables({name[0]: collect(name[0], runs)} if runs else {})
 
 if __name__ == "__main__":
     main()
