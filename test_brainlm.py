@@ -623,10 +623,10 @@ FAULTS = {  # flag: {what: (files of the folder that it names, what the error sa
         "too short": (dataset(R=[GOOD, GOOD[:11]]), "row 1 has 11 timepoints ... window 12"),
         "no target": (target(NAN, None), "'Age' has fewer than 1")},
     "coords_dataset_path": {
-        "no parcels": (dataset(**dict.fromkeys("XYZ", pa.array([], pa.float32()))), "each row"),
+        "no parcels": (dataset(**dict.fromkeys("XYZ", pa.array([], pa.float32()))), "no rows"),
         "None": (dataset(**XYZ | {"X": ONES[:5] + [None]}), "'X', row 5 is missing"),
-        "infinity": (dataset(**XYZ | {"Z": ONES[:5] + [math.inf]}), "'Z', row 5 ... infinite"),
-        "a word": (dataset(**XYZ | {"Y": ["1"] * 5 + ["left"]}), "X, Y, Z must ... 'left'")},
+        "infinity": (dataset(**XYZ | {"Z": ONES[:5] + [math.inf]}), "'Z', row 5 is no ... is inf"),
+        "a word": (dataset(**XYZ | {"Y": ["1"] * 5 + ["left"]}), "'Y', row 5 is no ... 'left'")},
     "model_name_or_path": {
         "config a list": ({"config.json": b"[]"}, "config.json"),
         "other version": ({"config.json": CONFIG.replace(b"loss_fn", b"l")}, "lacks loss_fn"),
