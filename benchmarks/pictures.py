@@ -8,6 +8,7 @@
 import argparse
 import csv
 import json
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -320,7 +321,7 @@ def people_picture(path, tables):
                               ("2-lag vector autoregression", {"color": "0.3", "linestyle": ":"})):
             line(axes[1, 0], method, table[method], style | {"marker": marker},
                  f"{method}, {h} ahead")
-    axes[1, 0].set(ylabel="R2 of single timepoints ahead")
+    axes[1, 0].set(ylabel="R2 of single timepoints ahead", ylim=(0, 0.5))       # room for a legend
     for axis in axes.flat:
         axis.set_xscale("log")
         axis.set_xticks([5, 20, 100, 400], [5, 20, 100, 400])
@@ -341,8 +342,10 @@ def readme_pictures(run):
     if "people" in results:
         people_picture(assets / "people.png", results["people"])
     for name in ("evaluation.png", "networks.png") if run else ():
-        picture = Image.open(run / name).convert("RGB")         # with a palette it is smaller
-        picture.quantize(256, Image.Quantize.MAXCOVERAGE).save(assets / name, optimize=True)
+        shutil.copy(run / name, assets / name)
+    for file in assets.glob("*.png"):                           # with a palette they are smaller
+        picture = Image.open(file).convert("RGB")
+        picture.quantize(256, Image.Quantize.MAXCOVERAGE).save(file, optimize=True)
 
 
 def main():
