@@ -1517,7 +1517,7 @@ class RunConfig:
     num_train_epochs: float = 8.0             # an epoch is one window of each recording
     max_steps: int = None                     # steps of training, instead of epochs
     logging_steps: int = 10                   # steps between lines of progress
-    eval_steps: int = 100                     # steps between validations; 0: only at the end
+    eval_steps: int = 200                     # steps between validations; 0: only at the end
     save_steps: int = 50                      # steps between checkpoints
     overwrite_output_dir: bool = False        # start anew in that folder
     compile: bool = False                     # torch.compile; no GPU has run it yet
