@@ -565,7 +565,6 @@ import contextlib
 import csv
 import datetime
 import importlib
-import inspect
 import io
 import os
 import re
@@ -640,21 +639,19 @@ def open_numbers(table, name, path):
 
 def open_coordinates(path):
     """read_coordinates, networks as text; BadInput for what is missing, a note for odd units."""
-    table = read_arrow(path)
-    if len(table) == 0:
+    table, networks = read_arrow(path), None
+    xyz = np.stack([open_numbers(table, axis, path) for axis in "XYZ"], axis=1)      # [V, 3]
+    if len(xyz) == 0:
         raise BadInput(f"{path} has no rows, of which each is a parcel")
-    for axis in "XYZ":
-        missing = np.flatnonzero(np.isnan(open_numbers(table, axis, path)))
-        if len(missing):
-            raise BadInput(f"{path}: column {axis!r}, row {missing[0]} is missing")
-    xyz, networks = read_coordinates(path)                                           # [V, 3]
-    reach = xyz.abs().max()             # of a brain: 110 mm; and voxel indices are never negative
+    for row, axis in np.argwhere(np.isnan(xyz)):
+        raise BadInput(f"{path}: column {'XYZ'[axis]!r}, row {row} is missing")
+    reach = np.abs(xyz).max()           # of a brain: 110 mm; and voxel indices are never negative
     if xyz.min() >= 0 or not 12 <= reach <= 200:
         print(f"note: {path}: coordinates up to {reach:.4g} do not look like MNI millimetres")
-    if networks is not None:
-        names = [str(name) for name in networks]
+    if "Network" in table.column_names:
+        names = map(str, read_column(table, "Network", path).to_pylist())
         networks = [None if name in ("None", "nan") else name for name in names]
-    return xyz, networks
+    return torch.tensor(xyz, dtype=torch.float32), networks
 
 def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples=None):
     """A RecordingDataset of which every number has been looked at. window: the least number of
@@ -1539,10 +1536,10 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
 
 def comments_of(config_class):
-    """{field: the comment behind it}; {} where this file is no file."""
-    with contextlib.suppress(OSError, TypeError):
-        return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), re.M))
-    return {}
+    """{field: the comment behind it}, of this file; {} where it is pasted into a notebook."""
+    source = Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
+    own = source.partition(f"\nclass {config_class.__name__}:")[2].partition("\n\n")[0]
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", own, re.M))
 
 def command_line():
     """The flags are the fields of dataclasses, named as in the reference implementation."""
