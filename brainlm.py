@@ -509,7 +509,7 @@ def continuation(P):
 
 @torch.no_grad()
 def initial_weights(model):
-    """Weights with which the untrained BrainLM makes a fair first guess."""
+    """Weights to learn fast from; from H = 128 on a fair first guess before any training."""
     H, P = model.config.hidden_size, model.config.timepoint_patching_size
     N, heads = model.config.num_timepoints_per_voxel // P, model.config.num_attention_heads
     D = H // heads

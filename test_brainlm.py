@@ -376,6 +376,14 @@ def test_muon_steps_along_momentum_with_singular_values_near_one(shape):
     assert 0.6 < S.min() and S.max() < 1.3
     torch.testing.assert_close(matrix.double(), expected, rtol=1e-4, atol=1e-4)
 
+def test_each_trained_parameter_is_in_one_optimizer():
+    model = BrainLM(BrainLMConfig(hidden_size=32))
+    model.cls_token.requires_grad_(False)
+    groups = [brainlm.make_optimizers(model)[i].param_groups[0]["params"] for i in (0, 1)]
+    expected = {id(p) for p in model.parameters() if p.requires_grad}
+    assert sorted(id(p) for group in groups for p in group) == sorted(expected)
+    assert len(groups[1]) == 5 * len(model.layers) and all(p.dim() == 2 for p in groups[1])
+
 def test_the_rate_falls_in_half_a_cosine():
     model, training = torch.nn.Linear(3, 1), TrainingConfig(learning_rate=0.1)
     optimizers = brainlm.make_optimizers(model)
@@ -1181,6 +1189,7 @@ def test_every_setting_is_a_flag_with_the_same_default(capsys):
             brainlm.main(line)
     printed = " ".join(capsys.readouterr().out.split())
     assert "python brainlm.py finetune" in printed
+    assert "H, width of a token (default: 64)" in printed and "None (default" not in printed
     told = dict(re.findall(r"--(\w+) [^-].*?\(default: (.*?)\)", printed))
     settings = vars(brainlm.command_line().parse_args(["pretrain"]))
     for option in fields(BrainLMConfig) + fields(TrainingConfig):

@@ -104,6 +104,14 @@ def any_directions(model, own):
     for matrix in [model.head.weight, *(layer.qkv.weight.chunk(3)[2] for layer in model.layers)]:
         matrix.copy_(matrix @ turn.T)
 
+def simpler(model, own):
+    """Keys of content, the MLP's last matrix and biases stay random."""
+    for (name, weight), of_own in zip(model.named_parameters(), own.parameters()):
+        if "down.weight" in name or "bias" in name:
+            weight.copy_(of_own)
+        if "qkv.weight" in name:
+            weight.chunk(3)[1].copy_(of_own.chunk(3)[1])
+
 def setting(config, **changes):
     return {config.__name__: partial(config, **changes)}
 
@@ -143,6 +151,8 @@ ROWS = {
         "qkv.weight", "out.weight", part=lambda weight: weight[-weight.shape[1]:]),
     "start: continuation by zeros": {"continuation": lambda P: torch.zeros(P, P)},
     "start: continuation by last value": {"continuation": lambda P: torch.eye(P)[-1].expand(P, P)},
+    "start: four parts simpler": start_then(simpler) | {
+        "continuation": lambda P: torch.eye(P)[-1].expand(P, P)},
     "start: where, [MASK] not turned away": start_then(where_and_mask),
     "start: nothing turned away": start_then(any_directions),
     "start: [MASK] of .02": start_without("mask_token"),
