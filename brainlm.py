@@ -13,6 +13,7 @@ D = H / heads, S = 1 + N * V sequence length (1: CLS, a token of no parcel, whic
 others). "Temporal token n", or "patch n": the n-th patches of all parcels.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -30,6 +31,19 @@ from torch.utils.checkpoint import checkpoint
 # Part I: the lesson, in the order of the data =====================================================
 
 # 1. Configuration ---------------------------------------------------------------------------------
+
+class InputError(ValueError):
+    """Something in data, flags or files that the user can fix: commands print it as one line."""
+
+@contextlib.contextmanager
+def input_errors(message):
+    """Whatever goes wrong inside the block becomes an InputError: the message, then the cause."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"{message} ({type(error).__name__}: {error})") from error
 
 @dataclass
 class BrainLMConfig:
@@ -52,6 +66,14 @@ class BrainLMConfig:
             self.num_attention_heads = max([n for n in even if self.hidden_size % n == 0] + [2])
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        T, P = self.num_timepoints_per_voxel, self.timepoint_patching_size
+        H, heads = self.hidden_size, self.num_attention_heads
+        if P < 1 or T < P or T % P:
+            raise InputError(f"num_timepoints_per_voxel ({T}) must be a multiple of "
+                             f"timepoint_patching_size ({P})")
+        if heads < 1 or H % heads or H % 2 or H < P:
+            raise InputError(f"hidden_size ({H}) must be even, a multiple of num_attention_heads "
+                             f"({heads}) and at least timepoint_patching_size ({P})")
 
 @dataclass
 class TrainingConfig:
@@ -67,9 +89,6 @@ FORWARD_HIDDEN = 1 / 3         # probability that a forward step hides an earlie
 
 # 2. Data: folders as datasets.Dataset.save_to_disk of Hugging Face writes them --------------------
 
-class BadInput(ValueError):
-    """A fault in data, flags or files that the user can mend: the commands print it as one line."""
-
 def seeded_generator(seed, stream, number):
     """A source of random numbers for one use: (0, "random mask", 17) is that of sample 17's mask.
     No draw depends on what was drawn before. So a run that was stopped goes on as if it had not
@@ -80,36 +99,37 @@ def seeded_generator(seed, stream, number):
 def read_arrow(path):
     """The dataset in a folder as a pyarrow.Table. state.json lists its files, which are Arrow IPC
     streams. They are memory-mapped: a number stays on disk until somebody looks at it."""
-    file, shards = Path(path, "state.json"), []
-    try:
-        state = json.loads(file.read_text(encoding="utf-8"))
+    shards = []
+    with input_errors(f"Cannot read {path}: expected a complete folder written by "
+                      "Dataset.save_to_disk; of a DatasetDict, pass one split"):
+        state = json.loads(Path(path, "state.json").read_text(encoding="utf-8"))
         if state.get("_indices_data_files"):
             raise ValueError("rows were selected or shuffled: flatten_indices() before saving")
         for entry in state["_data_files"]:
-            file = Path(path, entry["filename"])
-            shard = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+            file = pa.memory_map(str(Path(path, entry["filename"])))
+            shard = pa.ipc.open_stream(file).read_all()
             shard.validate(full=True)           # finds offsets out of bounds, looks at no number
             shards.append(shard)
         return pa.concat_tables(shards)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{file} is missing, cut or not of save_to_disk; of several datasets, name "
-                       f"one ({error})") from error
 
 def read_column(table, name, path):
     """A column of the table that was read from path."""
     if table.column_names.count(name) != 1:
-        raise BadInput(f"{path}: no column {name!r} (there are {', '.join(table.column_names)})")
+        raise InputError(f"{path}: no column {name!r} (found {', '.join(table.column_names)})")
     return table[name]
 
 def read_coordinates(path):
     """Parcel centres, float32 [V, 3], in mm of MNI space (a standard brain), from columns X, Y, Z
-    of a dataset, a row a parcel; and the V functional systems of its column Network, or None."""
+    of a dataset, a row a parcel; and V functional networks from its column Network, None for a
+    parcel without one."""
     table = read_arrow(path)
-    axes = [read_column(table, axis, path).to_pylist() for axis in "XYZ"]
-    networks = None
+    with input_errors(f"{path}: columns X, Y and Z must hold numbers"):
+        axes = [np.array(read_column(table, axis, path).to_pylist(), np.float32) for axis in "XYZ"]
+    networks = [None] * len(table)
     if "Network" in table.column_names:
-        networks = read_column(table, "Network", path).to_pylist()
-    return torch.from_numpy(np.array(axes, dtype=np.float32).T), networks    # [V, 3]
+        names = map(str, read_column(table, "Network", path).to_pylist())
+        networks = [None if name in ("None", "nan") else name for name in names]
+    return torch.from_numpy(np.stack(axes, axis=1)), networks                    # [V, 3]
 
 class RecordingDataset:
     """The recordings in the column `recording_col` of a dataset, (timepoints, parcels) each, handed
@@ -120,14 +140,16 @@ class RecordingDataset:
         self.path, self.recording_col = path, recording_col
         self.table = read_arrow(path)[:max_samples]
         column = read_column(self.table, recording_col, path)
-        # `datasets` may wrap the nested lists into an extension type, Array2D: take what it stores.
-        recordings = pa.chunked_array([getattr(chunk, "storage", chunk) for chunk in column.chunks])
+        # `datasets` may wrap nested lists into an extension type, Array2D: take what it stores.
+        chunks = [getattr(chunk, "storage", chunk) for chunk in column.chunks]
         # Arrow keeps nested lists as one flat array and where each list starts: [[1, 2], [3, 4]] is
         # 1 2 3 4 and 0 2 4. So to flatten is to leave out the starts, and copies nothing.
-        self.timepoints = pc.list_flatten(recordings)    # of all recordings, one after the other
-        self.values = pc.list_flatten(self.timepoints)   # every number of the column, in one row
+        with input_errors(f"{path}: column {recording_col!r} must hold lists of lists of numbers"):
+            recordings = pa.chunked_array(chunks)
+            self.timepoints = pc.list_flatten(recordings)   # of all recordings, one after the other
+            self.values = pc.list_flatten(self.timepoints)  # every number of the column, in one row
+            self.lengths = pc.list_value_length(recordings).fill_null(0).to_numpy().astype(np.int64)
         self.num_parcels = len(self.values) // max(1, len(self.timepoints))
-        self.lengths = pc.list_value_length(recordings).fill_null(0).to_numpy().astype(np.int64)
         self.starts = np.cumsum(self.lengths) - self.lengths       # of each row in `timepoints`
 
     def __len__(self):
@@ -139,7 +161,7 @@ class RecordingDataset:
         length, V = int(self.lengths[row]), self.num_parcels
         T = length - start if num_timepoints is None else num_timepoints
         if not 0 <= start <= start + T <= length:
-            raise BadInput(f"{self.path}: column {self.recording_col!r}: row {row} has {length} "
+            raise InputError(f"{self.path}: column {self.recording_col!r}: row {row} has {length} "
                            f"timepoints: there is no window of {T} from timepoint {start} on")
         values = self.values.slice((int(self.starts[row]) + start) * V, T * V)
         return values.chunk(0).to_numpy(zero_copy_only=False).reshape(T, V)  # a row is in one chunk
@@ -207,7 +229,7 @@ def random_mask(B, N, V, mask_ratio, generator=None):
     """bool [B, N, V], True = hidden: exactly round(mask_ratio * V) parcels of each patch."""
     num_hidden = round(mask_ratio * V)
     if num_hidden == 0:
-        raise BadInput(f"mask_ratio {mask_ratio} hides none of {V} parcels: nothing to learn")
+        raise InputError(f"mask_ratio {mask_ratio} hides none of {V} parcels: nothing to learn")
     order = torch.rand(B, N, V, generator=generator).argsort(dim=2)      # B * N permutations of V
     mask = torch.zeros(B, N, V, dtype=torch.bool)
     return mask.scatter_(2, order[:, :, :num_hidden], True)
@@ -242,7 +264,7 @@ def visible_tokens(mask):
     visible = ~mask
     counts = visible.sum(dim=2)                                                  # [B, N]
     if len(mask) == 0 or (counts != counts[0]).any():
-        raise BadInput("a mask must hide as many parcels of a patch in each sample of a batch")
+        raise InputError("a mask must hide as many parcels of a patch in each sample of a batch")
     index = visible.flatten(1).nonzero()[:, 1]                                   # [B * K]
     return index.view(len(mask), int(counts[0].sum())), counts[0].tolist()
 
@@ -324,11 +346,11 @@ class BrainLM(nn.Module):
 
     def tokens(self, signal, xyz, mask=None):
         """signal [B, T, V], xyz [V, 3] in mm, mask bool [B, N, V] or None, on any device -> the
-        sequence [B, S, H] and its positions [S, 2 * H]. Raises BadInput where shapes do not fit."""
+        sequence [B, S, H] and its positions [S, 2 * H]. InputError where shapes do not fit."""
         B, T, V = signal.shape
         H, P = self.config.hidden_size, self.config.timepoint_patching_size
         if T % P or V != len(xyz):
-            raise BadInput(f"signal has {T} timepoints and {V} parcels: the first must be a "
+            raise InputError(f"signal has {T} timepoints and {V} parcels: the first must be a "
                            f"multiple of {P}, the second equal the {len(xyz)} coordinates")
         patches = patchify(signal, P).to(self.cls_token)                             # [B, N, V, P]
         what = self.patch_projection(patches)                                        # [B, N, V, H]
@@ -479,8 +501,8 @@ def train(model, optimizers, batch_loss, training, num_steps, first_step=0):
             loss += part.item()
         norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
         if not math.isfinite(loss) or not norm.isfinite():
-            raise BadInput(f"step {step + 1}: the loss is {loss}, its gradient's norm {norm:.3g}; "
-                           "try a lower --learning_rate; the last good checkpoint stays")
+            raise InputError(f"step {step + 1}: loss {loss}, gradient norm {norm:.3g}: "
+                             "lower --learning_rate; the last checkpoint is intact")
         yield step, loss
 
         for optimizer in optimizers:
@@ -510,6 +532,8 @@ def continuation(P):
 @torch.no_grad()
 def initial_weights(model):
     """Weights to learn fast from; from H = 128 on a fair first guess before any training."""
+    if model.cls_token.is_meta:                         # no numbers yet: a checkpoint brings them
+        return
     H, P = model.config.hidden_size, model.config.timepoint_patching_size
     N, heads = model.config.num_timepoints_per_voxel // P, model.config.num_attention_heads
     D = H // heads
@@ -561,9 +585,7 @@ def initial_weights(model):
 # Part II: the program =============================================================================
 
 import argparse
-import contextlib
 import csv
-import datetime
 import importlib
 import io
 import os
@@ -577,134 +599,74 @@ from typing import Callable
 
 import torch.distributed as dist
 
-# 10. Refusing broken input: what Part I takes for granted, looked at once before training ---------
+# 10. Checking input: what Part I takes for granted ------------------------------------------------
 
-@contextlib.contextmanager
-def refusing(where):
-    """For reading what others wrote: a file that is cut raises one of a dozen kinds of error.
-    Whatever it is becomes a BadInput that tells where."""
-    try:
-        yield
-    except (BadInput, MemoryError):
-        raise
-    except Exception as error:
-        raise BadInput(f"{where} ({type(error).__name__}: {error})") from error
-
-def settings_of(config_class, values):
-    """Those of the values {name: value}, flags or a config.json, that are fields of the class."""
-    return {option.name: values[option.name] for option in fields(config_class)
-            if values.get(option.name) is not None}
-
-def check_numbers(settings):
-    """BadInput names the first of {name: number}, flags or a config.json, that cannot be."""
-    for name, value in settings.items():
-        share = name.endswith(("_prob", "_ratio"))
-        least = 0 if share or type(value) is float or name in ("seed", "eval_steps") else 1
-        most = 1 if share else sys.maxsize
-        if type(value) in (int, float) and not least <= value <= most:
-            raise BadInput(f"{name} is {value}: it must lie between {least} and {most}")
-
-def check_config(config, source=""):
-    """The config again; BadInput names the setting that cannot be, after where it comes from."""
-    for option in fields(config):
-        value = getattr(config, option.name)
-        if type(value) is not option.type and (type(value), option.type) != (int, float):
-            raise BadInput(f"{source}{option.name} is {value!r}, not {option.type.__name__}")
-    check_numbers({source + name: value for name, value in asdict(config).items()})
-    T, P = config.num_timepoints_per_voxel, config.timepoint_patching_size
-    H, heads = config.hidden_size, config.num_attention_heads
-    if T % P:
-        raise BadInput(f"{source}num_timepoints_per_voxel {T} is no multiple of "
-                       f"timepoint_patching_size {P}: try {max(T // P, 1) * P}")
-    if H % 2 or H % heads or H < P:
-        raise BadInput(f"{source}hidden_size {H} must be even, a multiple of num_attention_heads "
-                       f"{heads} and at least timepoint_patching_size {P}")
-    if config.loss_fn not in ("mse", "mae"):
-        raise BadInput(f"{source}loss_fn {config.loss_fn} must be mse or mae")
-    return config
-
-def open_numbers(table, name, path):
-    """A column of scalars as float64 [rows], NaN where a value is missing. Text, decimals and
-    booleans are taken where each value is a number."""
-    column = read_column(table, name, path)
-    numbers = np.full(len(column), np.nan)
-    for row, value in enumerate(column):
-        with refusing(f"{path}: column {name!r}, row {row} is no number"):
-            value = value.as_py()
-            if str(value).strip().lower() not in ("none", "", "n/a", "na", "nan"):
-                numbers[row] = float(value)
-            if np.isinf(numbers[row]) or "_" in str(value):         # 1_000 is Python's, nobody's
-                raise ValueError(f"it is {value!r}")
-    return numbers
-
-def open_coordinates(path):
-    """read_coordinates, networks as text; BadInput for what is missing, a note for odd units."""
-    table, networks = read_arrow(path), None
-    xyz = np.stack([open_numbers(table, axis, path) for axis in "XYZ"], axis=1)      # [V, 3]
+def check_coordinates(xyz, path):
+    """xyz [V, 3]: InputError if empty or not finite, a note if these do not look like MNI mm."""
     if len(xyz) == 0:
-        raise BadInput(f"{path} has no rows, of which each is a parcel")
-    for row, axis in np.argwhere(np.isnan(xyz)):
-        raise BadInput(f"{path}: column {'XYZ'[axis]!r}, row {row} is missing")
-    reach = np.abs(xyz).max()           # of a brain: 110 mm; and voxel indices are never negative
-    if xyz.min() >= 0 or not 12 <= reach <= 200:
-        print(f"note: {path}: coordinates up to {reach:.4g} do not look like MNI millimetres")
-    if "Network" in table.column_names:
-        names = map(str, read_column(table, "Network", path).to_pylist())
-        networks = [None if name in ("None", "nan") else name for name in names]
-    return torch.tensor(xyz, dtype=torch.float32), networks
+        raise InputError(f"{path} has no rows: expected one row per parcel")
+    for row, axis in torch.nonzero(~xyz.isfinite()).tolist():
+        raise InputError(f"{path}: column {'XYZ'[axis]!r}, row {row} is {xyz[row, axis]}: every "
+                         "parcel needs coordinates")
+    farthest = xyz.abs().max()          # a brain reaches 110 mm; voxel indices are never negative
+    if xyz.min() >= 0 or not 12 <= farthest <= 200:
+        print(f"note: {path}: coordinates up to {farthest:.4g} do not look like MNI millimetres")
 
-def open_recordings(path, recording_col, window=1, num_parcels=None, max_samples=None):
-    """A RecordingDataset of which every number has been looked at. window: the least number of
-    timepoints; num_parcels: None for as many as the first timepoint has."""
-    where, odd = f"{path}: column {recording_col!r}", []
-    with refusing(f"{where} must hold (timepoints, parcels), lists of lists of numbers, in one row "
-                  "or more"):
-        dataset = RecordingDataset(path, recording_col, max_samples)
-        kind = dataset.values.type
-        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-            raise TypeError(f"there are values of {kind}")
+def check_recordings(dataset, window=1, num_parcels=None):
+    """Look at every number of a RecordingDataset. Raises InputError where a recording has fewer
+    timepoints than a window, other than num_parcels parcels (None: those of the first timepoint) or
+    a value that is not finite in float32. Prints a note if the units are unusual."""
+    where, unusual = f"{dataset.path}: column {dataset.recording_col!r}", []
     if len(dataset) == 0:
-        raise BadInput(f"{path} has no rows, of which each is a recording")
+        raise InputError(f"{dataset.path} has no rows: expected one recording per row")
+    if not (pa.types.is_integer(dataset.values.type) or pa.types.is_floating(dataset.values.type)):
+        raise InputError(f"{where} must hold numbers (found {dataset.values.type})")
     widths = pc.list_value_length(dataset.timepoints).fill_null(0).to_numpy()
-    V = dataset.num_parcels = num_parcels or max([1, *widths[:1]])
+    V = dataset.num_parcels = num_parcels or max(1, *widths[:1])
     for row, (start, length) in enumerate(zip(dataset.starts, dataset.lengths)):
         wrong = np.flatnonzero(widths[start:start + length] != V)
         if len(wrong):
             t, width = wrong[0], widths[start + wrong[0]]
-            raise BadInput(f"{where}, row {row}, timepoint {t} has {width} parcels, not {V}: "
-                           "ragged, transposed (timepoints come first) or of another atlas?")
+            raise InputError(f"{where}, row {row}, timepoint {t} has {width} parcels, not {V}: "
+                             "ragged, transposed (timepoints come first) or of another atlas?")
         if length < window:
-            raise BadInput(f"{where}, row {row} has {length} timepoints, the window {window}: "
-                           "leave it out or lower --num_timepoints_per_voxel")
+            raise InputError(f"{where}, row {row} has {length} timepoints, fewer than a window of "
+                             f"{window}: leave it out or lower --num_timepoints_per_voxel")
         signal = dataset.window(row)
-        with np.errstate(over="ignore"):        # to the model, too large for float32 is infinite
-            broken = np.argwhere(~np.isfinite(signal.astype(np.float32, copy=False)))
-        if len(broken):
-            t, v = broken[0]
-            raise BadInput(f"{where}, row {row}, timepoint {t}, parcel {v} is {signal[t, v]}: "
-                           "repair it or leave the row out")
-        alive = signal[:, signal.any(axis=0)].astype(np.float32)     # zeros: a parcel has no signal
-        if alive.size:
-            offset, spread = np.median(np.abs(alive.mean(axis=0))), np.median(alive.std(axis=0))
-            if not 0.15 <= spread <= 15 or offset > 2 * spread:
-                odd.append(f"row {row}, whose parcels vary by {spread:.4g} around {offset:.4g}")
-    if odd:
-        print(f"note: {path}: {len(odd)} recordings are in odd units, such as {odd[0]}: "
-              "robust_scale of sample_data.py brings parcels to median 0, interquartile range 1")
-    return dataset
+        with np.errstate(over="ignore"):        # what is too large for float32 becomes infinite
+            numbers = signal.astype(np.float32, copy=False)
+        if not np.isfinite(numbers).all():
+            t, v = np.argwhere(~np.isfinite(numbers))[0]
+            raise InputError(f"{where}, row {row}, timepoint {t}, parcel {v} is {signal[t, v]}: "
+                             "repair it or leave the row out")
+        varying = numbers[:, numbers.any(axis=0)]       # a parcel without signal is all zeros
+        if varying.size:
+            offset, std = np.median(np.abs(varying.mean(axis=0))), np.median(varying.std(axis=0))
+            if not 0.15 <= std <= 15 or offset > 2 * std:
+                unusual.append(f"row {row}, where parcels vary by {std:.4g} around {offset:.4g}")
+    if unusual:
+        print(f"note: {dataset.path}: {len(unusual)} recordings have unusual units, for example "
+              f"{unusual[0]}: scale each parcel to median 0 and interquartile range 1 "
+              "(robust_scale in sample_data.py)")
 
-def open_target(dataset, column, least):
-    """The targets of all rows, float64, NaN where there is none. BadInput where fewer than `least`
-    differ; with 0 the column may be absent."""
+def read_target(dataset, column, min_values):
+    """A column of numbers, or of text that holds numbers, as float64 [rows], NaN where missing.
+    InputError if it has fewer than min_values different values."""
     target = np.full(len(dataset), np.nan)
-    if least or column in dataset.table.column_names:
-        target = open_numbers(dataset.table, column, dataset.path)
-    known = ~np.isnan(target)
-    if len(np.unique(target[known])) < least:
-        raise BadInput(f"{dataset.path}: column {column!r} has fewer than {least} different values")
-    if not known.all():
-        print(f"note: {dataset.path}: {(~known).sum()} rows have no {column}: neither learned from "
-              "nor scored")
+    for row, value in enumerate(read_column(dataset.table, column, dataset.path)):
+        with input_errors(f"{dataset.path}: column {column!r}, row {row} is no finite number"):
+            value = value.as_py()
+            if str(value).strip().lower() not in ("none", "", "n/a", "na", "nan"):
+                target[row] = float(value)
+            if np.isinf(target[row]):
+                raise ValueError(f"found {value!r}")
+    missing = np.isnan(target)
+    if len(np.unique(target[~missing])) < min_values:
+        raise InputError(f"{dataset.path}: column {column!r} has fewer than {min_values} different "
+                         "values")
+    if missing.any():
+        print(f"note: {dataset.path}: {missing.sum()} rows have no {column}: they are neither "
+              "trained on nor scored")
     return target
 
 # 11. Checkpoints: folders that survive a kill and are Hugging Face Hub repositories ---------------
@@ -713,7 +675,7 @@ def write_atomically(path, content):
     """Write text, or what torch.save takes, beside path and rename it into place: at any instant
     path is the old file or the new one."""
     temporary = Path(path).with_name(f".{Path(path).name}.part")
-    with refusing(f"could not write {path}, what was saved before is intact"):
+    with input_errors(f"Cannot write {path}; what was saved before is intact"):
         with open(temporary, "wb") as file:
             if isinstance(content, str):
                 file.write(content.encode())
@@ -739,7 +701,7 @@ def save_pretrained(model, folder):
     if "__file__" in globals():                         # else pasted into a notebook
         write_atomically(folder / "brainlm.py", Path(__file__).read_text(encoding="utf-8"))
     write_atomically(folder / "pytorch_model.bin", model.state_dict())
-    for other in folder.glob("model*.safetensors*"):                # one folder, one model
+    for other in folder.glob("model*.safetensors*"):    # of an older model
         other.unlink()
 
 def model_folder(name):
@@ -748,391 +710,58 @@ def model_folder(name):
         return Path(name)
     missing = f"{name}: no such run folder (python brainlm.py pretrain makes one)"
     if str(name).startswith((".", "/", "~")) or Path(*Path(name).parts[:1]).exists():
-        raise BadInput(missing)                         # nor a name on the Hub
-    with refusing(f"{missing}, nor did the Hub give it (pip install huggingface_hub)"):
+        raise InputError(missing)                       # not a name on the Hub either
+    with input_errors(f"{missing}, and not downloaded from the Hub (pip install huggingface_hub)"):
         return Path(importlib.import_module("huggingface_hub").snapshot_download(str(name)))
 
-def from_pretrained(model_class, name_or_path, **changes):
-    """A BrainLM (or a regressor's backbone) or BrainLMRegressor (nn.Module: what there is) from a
-    run folder or, "user/name", from the Hub, in evaluation mode. changes: fields of its config that
-    shall be others, such as mask_ratio."""
+def load_model(name_or_path, **changes):
+    """The BrainLM or BrainLMRegressor of a run folder or, "user/name", of the Hub, in evaluation
+    mode. changes: fields of its config to replace, such as mask_ratio."""
     folder = model_folder(name_or_path)
     file = folder / "config.json"
-    with refusing(f"{file} is missing or not of a BrainLM"):
+    with input_errors(f"{file} is missing or not of a BrainLM"):
         saved = json.loads(file.read_text(encoding="utf-8"))
-        lacking = {"model_class", *asdict(BrainLMConfig())} - set(saved)
-        if lacking:
-            raise BadInput(f"{file} lacks {', '.join(sorted(lacking))}: it is of another version")
-        saved_class = MODELS[saved["model_class"]]
         settings = {option.name: saved[option.name] for option in fields(BrainLMConfig)}
-        config = check_config(BrainLMConfig(**settings | changes), f"{file}: ")
-    if model_class is BrainLMRegressor and saved_class is BrainLM:
-        raise BadInput(f"{folder} holds no BrainLMRegressor: python brainlm.py finetune makes one")
-    if config.num_attention_heads != settings["num_attention_heads"]:       # shapes do not tell
-        raise BadInput(f"{folder}: the weights are of {settings['num_attention_heads']} "
-                       f"num_attention_heads, not {config.num_attention_heads}")
-    model, weights = saved_class(config), {}
+        model = MODELS[saved["model_class"]](BrainLMConfig(**settings | changes))
+    heads = model.config.num_attention_heads
+    if heads != settings["num_attention_heads"]:        # no weight's shape depends on it
+        raise InputError(f"{folder} was trained with {settings['num_attention_heads']} "
+                         f"num_attention_heads and cannot have {heads}")
+    weights = {}
     for file in sorted(folder.glob("model*.safetensors")) or [folder / "pytorch_model.bin"]:
-        with refusing(f"{file} is missing, cut, a pointer of Git LFS or no weights"):
-            if file.suffix == ".bin":           # of both kinds, the one that transformers takes
+        with input_errors(f"{file} is missing, truncated, a Git LFS pointer or holds no weights"):
+            if file.suffix == ".bin":           # of both formats, the one that transformers loads
                 weights |= torch.load(file, map_location="cpu", weights_only=True)
-            else:                               # an `import` would be a requirement of the Hub's
+            else:                               # transformers takes an `import` for a requirement
                 weights |= importlib.import_module("safetensors.torch").load_file(file)
-    with refusing(f"{file} does not hold the weights of this {saved_class.__name__}"):
-        weights = {name.removeprefix("model."): weights[name] for name in weights}   # the Hub's
-        fitting = {name: value.shape for name, value in model.state_dict().items()}
-        found = {name: getattr(value, "shape", None) for name, value in weights.items()}
-        for name in fitting | found:
-            if fitting.get(name) != found.get(name):
-                raise ValueError(f"missing, unknown or size mismatch: {name}")
-        model.load_state_dict(weights)
-    return (model if isinstance(model, model_class) else model.backbone).eval()
+    with input_errors(f"{file} does not hold the weights of this {saved['model_class']}"):
+        model.load_state_dict({name.removeprefix("model."): weights[name] for name in weights})
+    return model.eval()
+
+def from_pretrained(model_class, name_or_path, **changes):
+    """load_model for one class: a BrainLM may also be the backbone of a BrainLMRegressor."""
+    model = load_model(name_or_path, **changes)
+    if model_class is BrainLM:
+        return getattr(model, "backbone", model)
+    if not isinstance(model, BrainLMRegressor):
+        raise InputError(f"{name_or_path} holds no BrainLMRegressor: python brainlm.py finetune "
+                         "makes one")
+    return model
 
 MODELS = {"BrainLM": BrainLM, "BrainLMRegressor": BrainLMRegressor}
 BrainLM.save_pretrained = BrainLMRegressor.save_pretrained = save_pretrained
 BrainLM.from_pretrained = BrainLMRegressor.from_pretrained = classmethod(from_pretrained)
 
-if sys.modules.get("transformers"):             # as where the Hub loads this file
-    from transformers import PretrainedConfig, PreTrainedModel
-    from transformers.modeling_outputs import MaskedLMOutput
-
-    class BrainLMHubConfig(PretrainedConfig):
-        model_type, keys_to_ignore_at_inference = "brainlm", ["hidden_states"]
-
-        def __init__(self, **settings):
-            ours = asdict(BrainLMConfig(**settings_of(BrainLMConfig, settings)))
-            super().__init__(**{"model_class": "BrainLM"} | settings | ours)
-
-    class BrainLMHubModel(PreTrainedModel):
-        """What AutoModel gives and Trainer trains. Its `model` is a BrainLM or BrainLMRegressor."""
-        config_class, base_model_prefix, main_input_name = BrainLMHubConfig, "model", "signal"
-        supports_gradient_checkpointing = _supports_sdpa = True
-        accepts_loss_kwargs = False             # Trainer divides by the accumulation steps
-        _keep_in_fp32_modules_strict = ["feature_mean", "feature_std", "target_mean", "target_std"]
-
-        def __init__(self, config):
-            super().__init__(config)
-            ours = BrainLMConfig(**settings_of(BrainLMConfig, vars(config)))
-            dtype = torch.get_default_dtype()
-            torch.set_default_dtype(torch.float32)      # bfloat16 has no inverse for the start
-            self.model = MODELS[config.model_class](ours).to(dtype)
-            torch.set_default_dtype(dtype)
-            self.post_init()
-
-        def _init_weights(self, module):
-            """Nothing to add: BrainLM initialises itself."""
-
-        def __getattr__(self, name):
-            if name in ("embed", "forecast", "attention", "similarity"):
-                return getattr(getattr(self.model, "backbone", self.model), name)
-            return super().__getattr__(name)
-
-        def forward(self, signal, xyz, mask=None, labels=None, return_dict=None, **others):
-            """xyz [V, 3] or, for what splits batches, the same B times. labels add a loss: the
-            signal itself, over what the mask hides (without one: a random mask's tokens); for a
-            regressor the target, [B]. others: what pipelines and Trainer pass besides."""
-            loss = states = None
-            xyz = xyz.reshape(-1, *xyz.shape[-2:])                       # [B or 1, V, 3]
-            if (xyz != xyz[:1]).any():
-                raise BadInput("xyz [B, V, 3]: a batch must be of one atlas")
-            if isinstance(self.model, BrainLMRegressor):
-                prediction = self.model(signal, xyz[0])                              # [B]
-                if labels is not None:
-                    loss = regression_loss(prediction, labels.flatten(), self.model.target_std)
-            else:
-                if mask is None and labels is not None:
-                    N = signal.shape[1] // self.config.timepoint_patching_size
-                    mask = random_mask(len(signal), N, len(xyz[0]), self.config.mask_ratio)
-                prediction, states = self.model(signal, xyz[0], mask)    # [B, T, V], [B, S, H]
-                if labels is not None:
-                    loss = reconstruction_loss(prediction, labels, mask, self.config.loss_fn)
-            output = MaskedLMOutput(loss=loss, logits=prediction, hidden_states=states)
-            return output.to_tuple() if return_dict is False else output
-
-# 12. Evaluation -----------------------------------------------------------------------------------
-
-RIDGES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)    # times the mean variance; the best one counts
-HORIZONS = (1, 2, 3, 5, 10, 20)                     # timepoints ahead
-MAX_BASELINE_ROWS = 500                             # training recordings for opponents, at most
-MAX_WINDOWS = 200                                   # windows or recordings to evaluate on, at most
-WATCHED_WINDOWS = 20                                # of these while training
-
-@dataclass
-class Data:
-    """What a model is trained and evaluated on."""
-    xyz: torch.Tensor                           # [V, 3] in mm, on the model's device
-    networks: list                              # V labels, None for a parcel without; or None
-    train: RecordingDataset
-    val: RecordingDataset
-    column: str = None                          # for a BrainLMRegressor: the name of the target
-    target: np.ndarray = None                   # and its values, float64 [rows] of train,
-    val_target: np.ndarray = None               # of val, NaN where there is none
-    batch_size: int = 8                         # windows to evaluate at once
-    autocast: Callable = contextlib.nullcontext  # the context of a batch: bfloat16, or none
-
-def fixed_windows(dataset, rows, T):
-    """[(row, start), ...]: windows side by side, and one at the very end of each recording."""
-    windows = []
-    for row in rows:
-        last = int(dataset.lengths[row]) - T
-        windows += [(row, start) for start in [*range(0, last, T), last]]
-    return windows
-
-def evenly(items, most):
-    """At most so many of the items, evenly spaced."""
-    chosen = np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int)
-    return [items[i] for i in chosen]
-
-@torch.no_grad()
-def in_batches(data, function, *tensors):
-    """function(*tensors) in float32 on the CPU, data.batch_size rows of the tensors at a time."""
-    outputs = []
-    for batch in zip(*(tensor.split(data.batch_size) for tensor in tensors)):
-        with data.autocast():
-            outputs.append(function(*batch).float().cpu())
-    return torch.cat(outputs)
-
-def scores(prediction, target):
-    """R2 = 1 - SSE / SST (never clipped), MSE and MAE of arrays of one shape."""
-    error, variance = np.float64(prediction) - target, target.var(dtype=np.float64)
-    MSE = np.square(error).mean()
-    R2 = 1 - MSE / variance if variance > 0 else -math.inf
-    return {"R2": float(R2), "MSE": float(MSE), "MAE": float(np.abs(error).mean())}
-
-def some_windows(dataset, T, most):
-    """At most so many fixed windows of a dataset, float32 [B, T, V]."""
-    return dataset.batch(evenly(fixed_windows(dataset, range(len(dataset)), T), most), T)
-
-def reconstructions(model, data, most):
-    """Yield of each task, "masked" patches and "forecast": its name, windows [B, T, V], what is
-    hidden of them, bool [B, N, V], and of that, [hidden tokens, P], a BrainLM's guess and truth."""
-    config = model.config
-    T, P = config.num_timepoints_per_voxel, config.timepoint_patching_size
-    signal = some_windows(data.val, T, most)
-    B, N, V = len(signal), T // P, data.val.num_parcels
-    random = [torch.Generator().manual_seed(i) for i in range(B)]      # the same masks each time
-    masks = {"masked": torch.cat([random_mask(1, N, V, config.mask_ratio, r) for r in random])}
-    if T - P >= max(P, 2):                      # else there is too little to go on from
-        masks["forecast"] = forward_mask(B, N, V)
-    for task, mask in masks.items():
-        prediction = in_batches(
-            data, lambda signal, mask: model(signal, data.xyz, mask)[0], signal, mask)
-        guess, truth = (patchify(each, P)[mask].numpy() for each in (prediction, signal))
-        yield task, signal, mask, guess, truth
-
-def watch(model, data):
-    """{name: score} of a model while it trains."""
-    if isinstance(model, BrainLMRegressor):
-        rows = evenly(np.flatnonzero(~np.isnan(data.val_target)), MAX_WINDOWS)
-        prediction = predict_recordings(model, data, rows)
-        return regression_scores(prediction, data.val_target[rows])
-    return {f"{task}_R2": scores(prediction, target)["R2"]
-            for task, _, _, prediction, target in reconstructions(model, data, WATCHED_WINDOWS)}
-
-def evaluate_reconstruction(model, data):
-    """{title: {method: {name: score}}} of masked patches and of forecasting."""
-    tables = {}
-    for task, signal, mask, prediction, target in reconstructions(model, data, MAX_WINDOWS):
-        (B, T, _), P = signal.shape, model.config.timepoint_patching_size
-        if task == "masked":
-            title = f"masked patches ({model.config.mask_ratio:.0%} hidden, {B} windows)"
-            opponents, horizons = masked_opponents(data.train, signal, mask), []
-        else:
-            title = f"forecasting {P} timepoints from {T - P} ({B} windows)"
-            opponents = forecasting_opponents(data.train, signal, mask)
-            horizons = [h for h in HORIZONS if h <= P]
-        tables[title] = compare(prediction, opponents, target, horizons)
-    return tables
-
-def compare(prediction, opponents, target, horizons):
-    """{method: {name: score}} of BrainLM's prediction, [hidden tokens, P], and of its opponents,
-    (method, expected) for each ridge: the best one counts. horizons: timepoints ahead to score."""
-    def row_of(expected):
-        row = scores(expected, target)
-        for h in horizons:
-            row[f"R2 at {h}"] = scores(expected[:, h - 1], target[:, h - 1])["R2"]
-        return row
-
-    rows = {}
-    for method, expected in opponents:
-        row = row_of(expected)
-        if method not in rows or row["R2"] > rows[method]["R2"]:
-            rows[method] = row
-    best_first = sorted(rows, key=lambda method: -rows[method]["R2"])
-    return {"BrainLM": row_of(prediction)} | {method: rows[method] for method in best_first}
-
-def gaussian(dataset, samples_of):
-    """Mean [a] and covariance [a, a] of samples_of(signal [T, V]) -> [n, a], over recordings."""
-    count, total, gram = 0, 0.0, 0.0
-    for row in range(min(len(dataset), MAX_BASELINE_ROWS)):
-        samples = samples_of(dataset.window(row).astype(np.float64))
-        count += len(samples)
-        total = total + samples.sum(axis=0)
-        gram = gram + samples.T @ samples
-    mean = total / count
-    return mean, gram / count - np.outer(mean, mean)
-
-def conditional_mean(mean, covariance, given, wanted, ridge):
-    """All opponents are this function. Of a Gaussian vector some entries are given: what to expect
-    of those wanted is mean_w + C_wg (C_gg + ridge)^-1 (x_g - mean_g). given, wanted: indices.
-    Returns it as weights [given, wanted] and intercept [wanted]."""
-    variance = max(covariance.diagonal().mean(), 1e-12)     # where all is constant it is not zero
-    ridged = covariance[np.ix_(given, given)] + ridge * variance * np.eye(len(given))
-    weights = np.linalg.solve(ridged, covariance[np.ix_(given, wanted)])
-    return weights, mean[wanted] - mean[given] @ weights
-
-def masked_opponents(dataset, signal, mask):
-    """Yield (name, expected) for each ridge: hidden parcels from those visible at the same time."""
-    mean, covariance = gaussian(dataset, lambda signal: signal)
-    patches = patchify(signal, signal.shape[1] // mask.shape[1]).flatten(0, 1).numpy()
-    for ridge in RIDGES:
-        expected = []
-        for patch, hidden in zip(patches, mask.flatten(0, 1).numpy()):       # [V, P], [V]
-            weights, intercept = conditional_mean(
-                mean, covariance, np.flatnonzero(~hidden), np.flatnonzero(hidden), ridge)
-            expected.append(weights.T @ patch[~hidden] + intercept[:, None])
-        yield "Gaussian conditional mean", np.concatenate(expected)
-
-def forecasting_opponents(dataset, signal, mask):
-    """Yield (name, expected) for each ridge: the last value repeated, a parcel's next P values from
-    its own last P, and the next timepoint of all parcels from their last two, and so on."""
-    V, P = dataset.num_parcels, signal.shape[1] // mask.shape[1]
-    sliding = np.lib.stride_tricks.sliding_window_view
-    own = gaussian(dataset, lambda signal: sliding(signal, 2 * P, axis=0).reshape(-1, 2 * P))
-    joint = gaussian(dataset, lambda signal: np.hstack([signal[:-2], signal[1:-1], signal[2:]]))
-    past = patchify(signal, P)[:, -2].flatten(0, 1).numpy()                  # [B * V, P]
-    yield "persistence", past[:, -1:].repeat(P, axis=1)
-    for ridge in RIDGES:
-        weights, intercept = conditional_mean(*own, np.arange(P), np.arange(P, 2 * P), ridge)
-        yield "ridge autoregression", past @ weights + intercept
-        weights, intercept = conditional_mean(
-            *joint, np.arange(2 * V), np.arange(2 * V, 3 * V), ridge)
-        steps = [signal[:, -P - 2].numpy(), signal[:, -P - 1].numpy()]       # [B, V] each
-        for _ in range(P):
-            steps.append(np.hstack(steps[-2:]) @ weights + intercept)
-        yield "2-lag vector autoregression", np.stack(steps[2:], axis=2).reshape(-1, P)
-
-def correlation(signal):
-    """Functional connectivity: correlation of columns, [T, V] -> [V, V], 0 for constant ones."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.nan_to_num(np.atleast_2d(np.corrcoef(signal, rowvar=False)))
-
-def knn_accuracy(distance, labels, k=5):
-    """Share of V items, distance [V, V], whose label is the commonest of their k nearest others."""
-    distance = distance + np.diag(np.full(len(distance), np.inf))
-    right = 0
-    for row, label in zip(distance, labels):
-        nearest = [labels[i] for i in np.argsort(row, kind="stable")[:min(k, len(row) - 1)]]
-        right += max(nearest, key=nearest.count) == label
-    return right / len(labels)
-
-def parcel_distances(model, data):
-    """How far parcels are from each other, {method: [V, V]}, on average over windows: by states of
-    the model, by functional connectivity, by rows of either (profiles), and by coordinates."""
-    signal = some_windows(data.val, model.config.num_timepoints_per_voxel, MAX_WINDOWS)
-    similarity, connectivity = np.zeros((2, len(data.xyz), len(data.xyz)))
-    for window in signal.split(1):                                           # [1, T, V] each
-        alike = in_batches(data, lambda window: model.similarity(window, data.xyz), window)
-        similarity += alike[0].numpy() / len(signal)
-        connectivity += correlation(window[0].numpy()) / len(signal)
-    return {"BrainLM similarity": 1 - similarity,
-            "BrainLM similarity profile": 1 - correlation(similarity),
-            "functional connectivity": 1 - connectivity,
-            "functional connectivity profile": 1 - correlation(connectivity),
-            "coordinates": torch.cdist(data.xyz, data.xyz).cpu().numpy()}
-
-def evaluate_networks(model, data):
-    """Functional networks without training, {title: {method: {name: score}}}: the share of parcels
-    that get their label from their nearest neighbours. Parcels without a label are left out."""
-    labelled = [v for v, name in enumerate(data.networks or []) if name is not None]
-    labels = [data.networks[v] for v in labelled]
-    if not 1 < len(set(labels)) < len(labels):          # nothing to find
-        return {}
-    distances = parcel_distances(model, data)
-    return {f"functional networks of {len(labels)} parcels (5 nearest neighbours)": {
-        method: {"accuracy": knn_accuracy(distance[np.ix_(labelled, labelled)], labels)}
-        for method, distance in distances.items()}}
-
-def predict_recordings(model, data, rows):
-    """What a BrainLMRegressor predicts for validation recordings, float64 [rows]: the mean over the
-    windows of each."""
-    T, predictions = model.config.num_timepoints_per_voxel, []
-    for row in rows:
-        signal = data.val.batch(fixed_windows(data.val, [row], T), T)        # [windows, T, V]
-        of_windows = in_batches(data, lambda signal: model(signal, data.xyz), signal)
-        predictions.append(of_windows.double().mean().item())
-    return np.array(predictions)
-
-def regression_scores(prediction, target):
-    """Scores of predictions [n], also Pearson r; of a target of 0 and 1 also AUC and accuracy."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        row = scores(prediction, target) | {"r": float(np.corrcoef(prediction, target)[0, 1])}
-    if set(target) == {0, 1}:
-        no, yes = np.sort(prediction[target == 0]), prediction[target == 1]
-        below = (np.searchsorted(no, yes, "left") + np.searchsorted(no, yes, "right")) / 2
-        row["AUC"] = float(below.mean() / len(no))      # share of pairs in order, ties half
-        row["accuracy"] = float(((prediction > 0.5) == target).mean())
-    return row
-
-def connectivity_ridge(train_set, target, val_set, val_rows):
-    """The opponent in regression: ridge on functional connectivity, its penalty chosen by leaving
-    out a training recording at a time. target [rows], or NaN -> predictions for val_rows."""
-    upper = np.triu_indices(train_set.num_parcels, k=1)
-    rows = np.flatnonzero(~np.isnan(target))[:MAX_BASELINE_ROWS]
-    train = np.stack([correlation(train_set.window(row))[upper] for row in rows])
-    val = np.stack([correlation(val_set.window(row))[upper] for row in val_rows])
-    center, mean, fits = train.mean(axis=0), target[rows].mean(), []
-    gram = (train - center) @ (train - center).T    # dual form: more connections than recordings
-    for ridge in np.logspace(-3, 3, 25) * max(gram.diagonal().mean(), 1e-12):
-        inverse = np.linalg.inv(gram + ridge * np.eye(len(gram)))
-        weights = inverse @ (target[rows] - mean)
-        # The error of each recording, predicted from the others; the mean comes from these as well.
-        errors = weights / (inverse.diagonal() - 1 / (ridge * len(gram)))
-        fits.append((np.square(errors).mean(), ridge, weights))
-    weights = min(fits)[-1]
-    return mean + (val - center) @ (train - center).T @ weights
-
-def evaluate_regression(data, prediction):
-    """{title: {method: {name: score}}} of predictions [rows] for all of data.val and of opponents,
-    over those that have a target; {} where nobody has."""
-    known = np.flatnonzero(~np.isnan(data.val_target))
-    if len(known) == 0:
-        return {}
-    target = data.val_target[known]
-    methods = {
-        "BrainLM": prediction[known],
-        "training mean": np.full(len(known), np.nanmean(data.target)),
-        "ridge on functional connectivity":
-            connectivity_ridge(data.train, data.target, data.val, known)}
-    return {f"{data.column}, {len(known)} validation recordings": {
-        method: regression_scores(values, target) for method, values in methods.items()}}
-
-def evaluate_model(model, data):
-    """All there is to say about a model on data.val: tables {title: {method: {name: score}}} and
-    the predictions of a BrainLMRegressor, [rows] (of a BrainLM: None)."""
-    if isinstance(model, BrainLMRegressor):
-        prediction = predict_recordings(model, data, range(len(data.val)))
-        return evaluate_regression(data, prediction), prediction
-    return evaluate_reconstruction(model, data) | evaluate_networks(model, data), None
-
-def markdown(tables):
-    """The tables as Markdown, for the terminal and for the model card."""
-    lines = []
-    for title, table in tables.items():
-        title = title.replace("|", "\\|")       # a bar in a column's name
-        width, columns = max(map(len, [title, *table])), next(iter(table.values()))
-        lines += ["", f"| {title:<{width}} |" + "".join(f"{name:>10} |" for name in columns),
-                  f"| {'-' * width} |" + " --------: |" * len(columns)]
-        for name, row in table.items():
-            numbers = "".join(f"{number:>10.4g} |" for number in row.values())
-            lines.append(f"| {name:<{width}} |{numbers}")
-    return "\n".join(lines)
+# 12. What a trained model does --------------------------------------------------------------------
 
 @torch.no_grad()
 def forecast(model, signal, xyz, num_timepoints):
     """Continue a recording: signal [B, >= P, V] -> [B, num_timepoints, V]. Patch by patch: append a
-    hidden one, predict it, take the prediction for truth; no window is longer than in training."""
+    masked one, predict it, append the prediction; no window is longer than in training."""
     P, T = model.config.timepoint_patching_size, model.config.num_timepoints_per_voxel
+    if signal.shape[1] < P:
+        raise InputError(f"forecast needs at least {P} timepoints, a patch, to continue (got "
+                         f"{signal.shape[1]})")
     known = signal
     while known.shape[1] < signal.shape[1] + num_timepoints:
         context = min(known.shape[1] // P * P, max(T - P, P))     # whole patches, room for one
@@ -1152,8 +781,8 @@ def embed(model, signal, xyz):
 @torch.no_grad()
 def attention(model, signal, xyz, layer, mask=None):
     """Attention weights of a layer (0: the first), [B, heads, S, S], rows sum to one. Row 0 is CLS:
-    its columns 1.., unflattened to (N, V), say how much it reads each parcel at each patch. For
-    looking at: it builds the S x S matrix that training avoids."""
+    its columns 1.., unflattened to (N, V), say how much it attends to each token. To look at: it
+    builds the S x S matrix that training avoids."""
     B, T, V = signal.shape
     N = T // model.config.timepoint_patching_size
     hidden = torch.zeros(B, N, V, dtype=torch.bool) if mask is None else mask.cpu().expand(B, N, V)
@@ -1168,8 +797,8 @@ def attention(model, signal, xyz, layer, mask=None):
 
 @torch.no_grad()
 def similarity(model, signal, xyz):
-    """How alike a BrainLM finds what parcels do: signal [B, T, V] -> float32 [B, V, V], correlation
-    of hidden states along time, less the parcel's mean state, which tells where it lies."""
+    """How similar a BrainLM finds two parcels: signal [B, T, V] -> float32 [B, V, V], correlation
+    of hidden states along time, less the parcel's mean state, which depends on its position."""
     states = model(signal, xyz)[1][:, 1:].float().unflatten(1, (-1, signal.shape[2]))
     states = states - states.mean(dim=1, keepdim=True)                               # [B, N, V, H]
     states = F.normalize(states.transpose(1, 2).flatten(2), dim=2)                   # [B, V, N * H]
@@ -1178,150 +807,491 @@ def similarity(model, signal, xyz):
 BrainLM.forecast, BrainLM.embed = forecast, embed
 BrainLM.attention, BrainLM.similarity = attention, similarity
 
-# 13. Devices, many processes, and the data of a command -------------------------------------------
+# 13. Evaluation -----------------------------------------------------------------------------------
 
-RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
-if dist.is_available() and dist.is_torchelastic_launched():        # by torchrun
-    RANK, LOCAL_RANK = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    WORLD_SIZE = int(os.environ["WORLD_SIZE"])
+ALPHAS = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)    # regularisation, times the mean variance
+HORIZONS = (1, 2, 3, 5, 10, 20)                     # timepoints ahead
+MAX_BASELINE_ROWS = 500                             # training recordings to fit a baseline to
+MAX_WINDOWS = 200                                   # windows or recordings to evaluate on, at most
+MAX_WINDOWS_WHILE_TRAINING = 20
 
-def prepare_device(args):
+@dataclass
+class Data:
+    """What a model is trained and evaluated on."""
+    xyz: torch.Tensor                           # [V, 3] in mm, on the model's device
+    networks: list                              # V names, None for a parcel without one
+    train: RecordingDataset
+    val: RecordingDataset
+    batch_size: int = 8                         # windows to evaluate at once
+    autocast: Callable = contextlib.nullcontext  # makes the context of a batch: bfloat16, or none
+
+def evenly(items, most):
+    """At most so many of the items, evenly spaced: cohorts are often sorted, by site or age."""
+    chosen = np.linspace(0, len(items) - 1, min(len(items), most)).round().astype(int)
+    return [items[i] for i in chosen]
+
+def fixed_windows(dataset, rows, T):
+    """[(row, start), ...]: windows side by side, and one at the very end of each recording."""
+    windows = []
+    for row in rows:
+        last = int(dataset.lengths[row]) - T
+        windows += [(row, start) for start in [*range(0, last, T), last]]
+    return windows
+
+def some_windows(dataset, T, most):
+    """At most so many fixed windows of a dataset, float32 [B, T, V]."""
+    return dataset.batch(evenly(fixed_windows(dataset, range(len(dataset)), T), most), T)
+
+def scores(prediction, target):
+    """R2 = 1 - SSE / SST (never clipped), MSE and MAE of arrays of one shape."""
+    error, variance = np.float64(prediction) - target, target.var(dtype=np.float64)
+    MSE = np.square(error).mean()
+    R2 = 1 - MSE / variance if variance > 0 else -math.inf
+    return {"R2": float(R2), "MSE": float(MSE), "MAE": float(np.abs(error).mean())}
+
+@torch.no_grad()
+def in_batches(data, function, *tensors):
+    """function(*tensors) as float32 on the CPU, data.batch_size rows of the tensors at a time."""
+    outputs = []
+    for batch in zip(*(tensor.split(data.batch_size) for tensor in tensors)):
+        with data.autocast():
+            outputs.append(function(*batch).float().cpu())
+    return torch.cat(outputs)
+
+# A reconstruction method is anything that fills in what is masked: a function of signal [B, T, V],
+# xyz [V, 3] and mask, bool [B, N, V], that returns a reconstruction [B, T, V]. A BrainLM is one. So
+# are these baselines, each the conditional mean of a normal distribution that is fitted to data.
+
+def moments(dataset, samples_of):
+    """Mean [a] and covariance [a, a] of samples_of(recording [T, V]) -> [n, a]."""
+    count, total, products = 0, 0.0, 0.0
+    for row in evenly(range(len(dataset)), MAX_BASELINE_ROWS):
+        samples = samples_of(dataset.window(row).astype(np.float64))
+        count += len(samples)
+        total = total + samples.sum(axis=0)
+        products = products + samples.T @ samples
+    mean = total / count
+    return mean, products / count - np.outer(mean, mean)
+
+def conditional_mean(mean, covariance, observed, target, alpha):
+    """What to expect of the target entries of a normally distributed vector, given the observed
+    ones, is mean_t + C_to (C_oo + alpha)^-1 (x_o - mean_o). observed, target: indices. Returns it
+    as weights [observed, target] and intercept [target]."""
+    variance = max(covariance.diagonal().mean(), 1e-12)     # 0 where all is constant
+    regularised = covariance[np.ix_(observed, observed)] + alpha * variance * np.eye(len(observed))
+    weights = np.linalg.solve(regularised, covariance[np.ix_(observed, target)])
+    return weights, mean[target] - mean[observed] @ weights
+
+class GaussianConditionalMean:
+    """Expects masked parcels from the visible ones at the same timepoint."""
+    name = "Gaussian conditional mean"
+
+    def fit(self, dataset):
+        self.moments = moments(dataset, lambda signal: signal)               # [V], [V, V]
+
+    def __call__(self, signal, xyz, mask):
+        patches = patchify(signal.double(), signal.shape[1] // mask.shape[1])        # [B, N, V, P]
+        for patch, masked in zip(patches.flatten(0, 1).numpy(), mask.flatten(0, 1).numpy()):
+            weights, intercept = conditional_mean(
+                *self.moments, np.flatnonzero(~masked), np.flatnonzero(masked), self.alpha)
+            patch[masked] = weights.T @ patch[~masked] + intercept[:, None]
+        return unpatchify(patches)
+
+class Persistence:
+    """Forecasts the last time step: a parcel keeps its last value before it."""
+    name = "persistence"
+
+    def fit(self, dataset):
+        """There is nothing to fit."""
+
+    def __call__(self, signal, xyz, mask):
+        P = signal.shape[1] // mask.shape[1]
+        last = signal[:, -P - 1:-P]                                          # [B, 1, V]
+        return torch.cat([signal[:, :-P], last.expand(-1, P, -1)], dim=1)
+
+class RidgeAutoregression:
+    """Forecasts the last time step: a parcel's P values from its own P values before them."""
+    name = "ridge autoregression"
+
+    def __init__(self, P):
+        self.P = P
+
+    def fit(self, dataset):
+        def stretches(signal):                                       # [T, V] -> [n, 2 * P]
+            views = np.lib.stride_tricks.sliding_window_view(signal, 2 * self.P, axis=0)
+            return views.reshape(-1, 2 * self.P)
+        self.moments = moments(dataset, stretches)
+
+    def __call__(self, signal, xyz, mask):
+        P = self.P
+        weights, intercept = conditional_mean(
+            *self.moments, np.arange(P), np.arange(P, 2 * P), self.alpha)
+        past = patchify(signal.double(), P)[:, -2].numpy()                   # [B, V, P]
+        future = torch.from_numpy(past @ weights + intercept).transpose(1, 2)        # [B, P, V]
+        return torch.cat([signal[:, :-P].double(), future], dim=1)
+
+class VectorAutoregression:
+    """Forecasts the last time step: all parcels from their last two timepoints, one by one."""
+    name = "2-lag vector autoregression"
+
+    def fit(self, dataset):
+        self.moments = moments(
+            dataset, lambda signal: np.hstack([signal[:-2], signal[1:-1], signal[2:]]))
+
+    def __call__(self, signal, xyz, mask):
+        (B, T, V), P = signal.shape, signal.shape[1] // mask.shape[1]
+        weights, intercept = conditional_mean(
+            *self.moments, np.arange(2 * V), np.arange(2 * V, 3 * V), self.alpha)
+        forecast = signal.double().numpy()                                   # a copy, [B, T, V]
+        for t in range(T - P, T):
+            forecast[:, t] = forecast[:, t - 2:t].reshape(B, 2 * V) @ weights + intercept
+        return torch.from_numpy(forecast)
+
+def reconstruction_tasks(dataset, config, max_windows):
+    """Fixed windows, float32 [B, T, V], and {task: mask, bool [B, N, V]}; always the same."""
+    T, P = config.num_timepoints_per_voxel, config.timepoint_patching_size
+    signal = some_windows(dataset, T, max_windows)
+    B, N, V = len(signal), T // P, signal.shape[2]
+    generators = [torch.Generator().manual_seed(i) for i in range(B)]
+    masks = {"masked": torch.cat([random_mask(1, N, V, config.mask_ratio, generator)
+                                  for generator in generators])}
+    if T - P >= max(P, 2):                      # else there is too little to forecast from
+        masks["forecast"] = forward_mask(B, N, V)
+    return signal, masks
+
+def reconstruction_scores(method, signal, xyz, mask, horizons=()):
+    """Scores of a reconstruction method on masked tokens, and its R2 at these timepoints ahead."""
+    P = signal.shape[1] // mask.shape[1]
+    prediction, target = (patchify(each, P)[mask].numpy()                    # [masked tokens, P]
+                          for each in (method(signal, xyz, mask), signal))
+    row = scores(prediction, target)
+    for h in horizons:
+        row[f"R2 at {h}"] = scores(prediction[:, h - 1], target[:, h - 1])["R2"]
+    return row
+
+def reconstruction_of(model, data):
+    """A BrainLM as a reconstruction method, batch by batch."""
+    def method(signal, xyz, mask):
+        return in_batches(data, lambda signal, mask: model(signal, xyz, mask)[0], signal, mask)
+    return method
+
+def evaluate_reconstruction(model, data):
+    """{title: {method: {score: value}}} of masked patches and of forecasts."""
+    signal, masks = reconstruction_tasks(data.val, model.config, MAX_WINDOWS)
+    (B, T, _), P = signal.shape, model.config.timepoint_patching_size
+    tables = {}
+    for task, mask in masks.items():
+        if task == "masked":
+            title = f"masked patches ({model.config.mask_ratio:.0%} hidden, {B} windows)"
+            baselines, horizons = [GaussianConditionalMean()], []
+        else:
+            title = f"forecasting {P} timepoints from {T - P} ({B} windows)"
+            baselines = [Persistence(), RidgeAutoregression(P), VectorAutoregression()]
+            horizons = [h for h in HORIZONS if h <= P]
+        rows = {}
+        for baseline in baselines:
+            baseline.fit(data.train)
+            by_alpha = []
+            for alpha in ALPHAS:                # the best one on these very windows counts
+                baseline.alpha = alpha
+                by_alpha.append(reconstruction_scores(baseline, signal, data.xyz, mask, horizons))
+            rows[baseline.name] = max(by_alpha, key=lambda row: row["R2"])
+        ours = reconstruction_scores(
+            reconstruction_of(model, data), signal, data.xyz, mask, horizons)
+        best_first = sorted(rows, key=lambda name: -rows[name]["R2"])
+        tables[title] = {"BrainLM": ours} | {name: rows[name] for name in best_first}
+    return tables
+
+def correlation(signal):
+    """Functional connectivity: correlation of columns, [T, V] -> [V, V], 0 for constant ones."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.nan_to_num(np.atleast_2d(np.corrcoef(signal, rowvar=False)))
+
+def knn_accuracy(distance, labels, k=5):
+    """Fraction of V items, distance [V, V], whose k nearest others mostly have their label."""
+    distance = distance + np.diag(np.full(len(distance), np.inf))
+    correct = 0
+    for row, label in zip(distance, labels):
+        nearest = [labels[i] for i in np.argsort(row, kind="stable")[:min(k, len(row) - 1)]]
+        correct += max(nearest, key=nearest.count) == label
+    return correct / len(labels)
+
+def parcel_distances(model, data):
+    """Distances between parcels, {method: [V, V]}, averaged over windows: by similarity of hidden
+    states, by functional connectivity, by rows of either (profiles), and by coordinates."""
+    signal = some_windows(data.val, model.config.num_timepoints_per_voxel, MAX_WINDOWS)
+    similarity, connectivity = np.zeros((2, len(data.xyz), len(data.xyz)))
+    for window in signal.split(1):                                           # [1, T, V] each
+        similar = in_batches(data, lambda window: model.similarity(window, data.xyz), window)
+        similarity += similar[0].numpy() / len(signal)
+        connectivity += correlation(window[0].numpy()) / len(signal)
+    return {"BrainLM similarity": 1 - similarity,
+            "BrainLM similarity profile": 1 - correlation(similarity),
+            "functional connectivity": 1 - connectivity,
+            "functional connectivity profile": 1 - correlation(connectivity),
+            "coordinates": torch.cdist(data.xyz, data.xyz).cpu().numpy()}
+
+def evaluate_networks(model, data):
+    """Functional networks without training, {title: {method: {score: value}}}: the fraction of
+    parcels that get their label from their nearest neighbours. Parcels without one are left out."""
+    labelled = [v for v, name in enumerate(data.networks) if name is not None]
+    labels = [data.networks[v] for v in labelled]
+    if not 1 < len(set(labels)) < len(labels):          # nothing to find
+        return {}
+    return {f"functional networks of {len(labels)} parcels (5 nearest neighbours)": {
+        method: {"accuracy": knn_accuracy(distance[np.ix_(labelled, labelled)], labels)}
+        for method, distance in parcel_distances(model, data).items()}}
+
+def evaluate_backbone(model, data):
+    """All tables of a BrainLM, {title: {method: {score: value}}}."""
+    return evaluate_reconstruction(model, data) | evaluate_networks(model, data)
+
+def predict_recordings(model, data, rows):
+    """What a BrainLMRegressor predicts for validation recordings, float64 [rows]: the mean over the
+    fixed windows of each."""
+    T, predictions = model.config.num_timepoints_per_voxel, []
+    for row in rows:
+        signal = data.val.batch(fixed_windows(data.val, [row], T), T)        # [windows, T, V]
+        of_windows = in_batches(data, lambda signal: model(signal, data.xyz), signal)
+        predictions.append(of_windows.double().mean().item())
+    return np.array(predictions)
+
+def regression_scores(prediction, target):
+    """Scores of predictions [n], also Pearson r; of a target of 0 and 1 also AUC and accuracy."""
+    covariance = np.mean((prediction - prediction.mean()) * (target - target.mean()))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        r = covariance / (prediction.std() * target.std())
+    row = scores(prediction, target) | {"r": float(r)}
+    if set(target) == {0, 1}:
+        no, yes = np.sort(prediction[target == 0]), prediction[target == 1]
+        below = (np.searchsorted(no, yes, "left") + np.searchsorted(no, yes, "right")) / 2
+        row["AUC"] = float(below.mean() / len(no))      # fraction of pairs in order, ties half
+        row["accuracy"] = float(((prediction > 0.5) == target).mean())
+    return row
+
+def fit_ridge(features, target):
+    """Ridge regression of target [n] on features [n, F] -> coefficients [F] and intercept. Its
+    regularisation strength is chosen by leaving out one recording at a time."""
+    center, mean, fits = features.mean(axis=0), target.mean(), []
+    gram = (features - center) @ (features - center).T      # dual form: F may be larger than n
+    for alpha in np.logspace(-3, 3, 25) * max(gram.diagonal().mean(), 1e-12):
+        inverse = np.linalg.inv(gram + alpha * np.eye(len(gram)))
+        weights = inverse @ (target - mean)
+        # The error of each recording, predicted from the others; the mean comes from these as well.
+        errors = weights / (inverse.diagonal() - 1 / (alpha * len(gram)))
+        fits.append((np.square(errors).mean(), alpha, weights))
+    coefficients = (features - center).T @ min(fits)[-1]
+    return coefficients, mean - center @ coefficients
+
+def connectivity_ridge(train_set, target, val_set, val_rows):
+    """Ridge regression on functional connectivity: a target [rows of train_set], NaN where missing
+    -> predictions [val_rows]. Validation recordings are in memory one at a time."""
+    upper = np.triu_indices(train_set.num_parcels, k=1)
+    rows = evenly(np.flatnonzero(~np.isnan(target)), MAX_BASELINE_ROWS)
+    features = np.stack([correlation(train_set.window(row))[upper] for row in rows])
+    coefficients, intercept = fit_ridge(features, target[rows])
+    return np.array([correlation(val_set.window(row))[upper] @ coefficients + intercept
+                     for row in val_rows])
+
+def evaluate_regression(prediction, data, column, target, val_target):
+    """{title: {method: {score: value}}} of predictions [rows of data.val] and of baselines, over
+    the recordings with a target; {} if there is none."""
+    known = np.flatnonzero(~np.isnan(val_target))
+    if len(known) == 0:
+        return {}
+    methods = {"BrainLM": prediction[known],
+               "training mean": np.full(len(known), np.nanmean(target)),
+               "ridge on functional connectivity":
+                   connectivity_ridge(data.train, target, data.val, known)}
+    return {f"{column}, {len(known)} validation recordings": {
+        method: regression_scores(values, val_target[known]) for method, values in methods.items()}}
+
+def markdown(tables):
+    """The tables as Markdown, for the terminal and for the model card."""
+    lines = []
+    for title, table in tables.items():
+        title = title.replace("|", "\\|")       # a bar in a column's name
+        width, columns = max(map(len, [title, *table])), next(iter(table.values()))
+        lines += ["", f"| {title:<{width}} |" + "".join(f"{name:>10} |" for name in columns),
+                  f"| {'-' * width} |" + " --------: |" * len(columns)]
+        for name, row in table.items():
+            numbers = "".join(f"{number:>10.4g} |" for number in row.values())
+            lines.append(f"| {name:<{width}} |{numbers}")
+    return "\n".join(lines)
+
+# 14. Devices and processes ------------------------------------------------------------------------
+
+def torchrun_numbers():
+    """(rank, local rank, world size) of this process, by torchrun; (0, 0, 1) without it."""
+    if dist.is_available() and dist.is_torchelastic_launched():
+        return tuple(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    return 0, 0, 1
+
+def on_rank_0(function, *arguments):
+    """What a function returns or raises that rank 0 calls, on every rank; the others wait."""
+    rank, _, world_size = torchrun_numbers()
+    result = [None]
+    if rank == 0:
+        try:
+            result = [function(*arguments)]
+        except (InputError, OSError) as error:
+            result = [error]
+    if world_size > 1:
+        dist.broadcast_object_list(result)
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]
+
+def start_device(args):
     """The device and a function that makes the autocast context of a batch. Under torchrun it
     starts the process group."""
+    _, local_rank, world_size = torchrun_numbers()
     name = args.device
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name
-    with refusing(f"--device {name}: this machine or this build of torch has none"):
+    with input_errors(f"--device {name}: this machine or this build of torch has none"):
         torch.zeros(1, device=name)
-    if args.dtype not in ("auto", "float32", "bfloat16"):
-        raise BadInput(f"--dtype {args.dtype} must be auto, float32 or bfloat16")
     if name == "cuda":
-        torch.cuda.set_device(LOCAL_RANK)               # which "cuda" means from here on
-    if WORLD_SIZE > 1:
+        torch.cuda.set_device(local_rank)               # which "cuda" means from here on
+    if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
     mixed = args.dtype == "bfloat16" or args.dtype == "auto" and name == "cuda"
     return torch.device(name), partial(torch.autocast, name, torch.bfloat16, enabled=mixed)
 
 def make_missing_sample_data():
-    """Under torchrun one process of each machine makes them, all wait."""
-    if LOCAL_RANK == 0 and not Path("sample_data/train/state.json").exists():      # written last
+    if not Path("sample_data/train/state.json").exists():              # written last
         print("no ./sample_data yet: making it (python sample_data.py)")
-        with refusing("no sample_data.py beside brainlm.py: get it, or name datasets of your own"):
+        with input_errors("no sample_data.py beside brainlm.py: get it, or pass your own datasets"):
             importlib.import_module("sample_data").make_sample_data("./sample_data")
-    if WORLD_SIZE > 1:
-        dist.barrier()
 
-def people_of(dataset):
+def participants_of(dataset):
     """Who is in a RecordingDataset: its column Subject or, without one, its folder for them all."""
     if dataset.table.column_names.count("Subject") != 1:
         return {str(Path(dataset.path).resolve())}
     return {*map(str, dataset.table["Subject"].to_pylist())} - {"None"}
 
-def open_data(args, T):
-    """The Data of a command, whose windows are of T timepoints."""
-    device, autocast = prepare_device(args)
-    if args.train_dataset_path == DEMO["train_dataset_path"]:
-        make_missing_sample_data()
+def check_data(data, coords_path, T):
     print("checking every number of the recordings", flush=True)
-    xyz, networks = open_coordinates(args.coords_dataset_path)
-    train_set, val_set = (
-        open_recordings(path, args.recording_col_name, T, len(xyz), most)
-        for path, most in ((args.train_dataset_path, args.max_train_samples),
-                           (args.val_dataset_path, args.max_eval_samples)))
-    print(f"data: {len(train_set)} training and {len(val_set)} validation recordings, {len(xyz)} "
-          f"parcels, windows of {T}")
-    both = people_of(train_set) & people_of(val_set)
+    check_coordinates(data.xyz, coords_path)
+    for dataset in data.train, data.val:
+        check_recordings(dataset, T, len(data.xyz))
+    both = participants_of(data.train) & participants_of(data.val)
     if both:
         print(f"note: {min(both)} ({len(both)} in all) is in the training and in the validation "
-              "data: scores tell nothing of new people")
-    return Data(xyz.to(device), networks, train_set, val_set, autocast=autocast,
-                batch_size=args.per_device_eval_batch_size)
+              "data: scores say nothing about new participants")
 
-# 14. A run: training, and what makes it last ------------------------------------------------------
+def open_data(args, T):
+    """The Data of a command, with windows of T timepoints."""
+    device, autocast = start_device(args)
+    if args.train_dataset_path == SAMPLE_DATA["train_dataset_path"]:
+        on_rank_0(make_missing_sample_data)
+    column = args.recording_col_name
+    data = Data(*read_coordinates(args.coords_dataset_path),
+                RecordingDataset(args.train_dataset_path, column, args.max_train_samples),
+                RecordingDataset(args.val_dataset_path, column, args.max_eval_samples),
+                args.per_device_eval_batch_size, autocast)
+    on_rank_0(check_data, data, args.coords_dataset_path, T)
+    print(f"data: {len(data.train)} training and {len(data.val)} validation recordings, "
+          f"{len(data.xyz)} parcels, windows of {T}")
+    data.xyz = data.xyz.to(device)
+    return data
 
-RESULTS = ("README.md", "evaluation.json", "predictions.csv",       # they tell of one model
+# 15. A run: training that can be stopped and resumed ----------------------------------------------
+
+RESULTS = ("README.md", "evaluation.json", "predictions.csv",       # they describe one model
            "evaluation.png", "networks.png", "predictions.png")
+FROM_SCRATCH = "start from scratch with --overwrite_output_dir, or choose another --output_dir"
 
 def prepare_folder(args):
-    """Make args.output_dir; True if a run is to be resumed there. BadInput where others' files or
-    the model to start from would be lost. With --overwrite_output_dir the old results go."""
+    """Make args.output_dir. Returns the state of a run to be resumed there, None if there is none.
+    InputError where other files or the model to start from would be lost."""
     folder = Path(args.output_dir)
     if args.model_name_or_path and Path(args.model_name_or_path).resolve() == folder.resolve():
-        raise BadInput(f"--output_dir {folder} is what training starts from: choose another")
+        raise InputError(f"--output_dir {folder} is the same as --model_name_or_path and would "
+                         "overwrite it: choose another")
     folder.mkdir(parents=True, exist_ok=True)
     present = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
-    if present and "training_state.pt" not in present:
-        raise BadInput(f"{folder} holds {present[0]}, not a run: choose another --output_dir")
+    file = folder / "training_state.pt"
+    if present and file.name not in present:
+        raise InputError(f"{folder} holds {present[0]}, not a run: choose another --output_dir")
     if args.overwrite_output_dir:
         for name in RESULTS:
             (folder / name).unlink(missing_ok=True)
-    return bool(present) and not args.overwrite_output_dir
+    elif present:
+        with input_errors(f"{file} cannot be resumed: {FROM_SCRATCH}"):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    return None
 
-def read_state(args, config):
-    """What a stopped run left in args.output_dir. BadInput where it was of another kind."""
-    file = Path(args.output_dir, "training_state.pt")
-    anew = "start anew with --overwrite_output_dir, or choose another --output_dir"
-    with refusing(f"{file} cannot be resumed: {anew}"):
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        before, now = state["args"] | state["config"], vars(args) | asdict(config)
-    for name in (*asdict(config), "command", "variable_of_interest_col_name", "freeze_backbone",
-                 "model_name_or_path", "train_dataset_path", "coords_dataset_path",
-                 "recording_col_name", "max_train_samples", "seed"):
-        if before.get(name) != now.get(name):
-            raise BadInput(f"{file}: {name} was {before.get(name)} there and is {now.get(name)} "
-                           f"now: {anew}")
-    return state
+def fingerprint(*contents):
+    """A short text that differs where any of the contents, texts or tensors, differs."""
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(content.encode() if isinstance(content, str) else content.cpu().numpy())
+    return digest.hexdigest()[:16]
 
-def run_training(args, model, data, num_recordings, batch_loss):
-    """The loop of Part I, and around it resuming, progress, validation, checkpoints and, at the
-    end, tables and model card. batch_loss(model, samples, step) -> scalar loss."""
-    config, folder, device = model.config, Path(args.output_dir), data.xyz.device
-    training = TrainingConfig(**settings_of(TrainingConfig, vars(args)))
+def identity_of(args, model, data):
+    """What must be the same to resume a run, {name: value}. In which folders the data and the first
+    weights are does not matter, nor how many processes share a step."""
+    state = Path(args.train_dataset_path, "state.json").read_text(encoding="utf-8")
+    sizes = [Path(args.train_dataset_path, entry["filename"]).stat().st_size
+             for entry in json.loads(state)["_data_files"]]
+    weights = getattr(model, "backbone", model).state_dict().values()
+    return asdict(model.config) | {
+        "command": args.command, "seed": args.seed,
+        "windows per step": args.per_device_train_batch_size * args.gradient_accumulation_steps
+        * torchrun_numbers()[2],
+        "variable_of_interest_col_name": getattr(args, "variable_of_interest_col_name", None),
+        "freeze_backbone": getattr(args, "freeze_backbone", None),
+        "recording_col_name": args.recording_col_name,
+        "fingerprint of model_name_or_path":
+            fingerprint(*weights) if args.model_name_or_path else None,
+        "fingerprint of train_dataset_path": fingerprint(state, f"{sizes} {len(data.train)}"),
+        "fingerprint of coords_dataset_path": fingerprint(f"{data.xyz.tolist()}")}
+
+def run_training(args, model, data, num_recordings, batch_loss, validate):
+    """The loop of Part I, and around it resuming, progress, validation and checkpoints. batch_loss(
+    model, samples, step) -> scalar loss; validate() -> {score: value}. Rank 0 alone comes back."""
+    rank, _, world_size = torchrun_numbers()
+    folder, device = Path(args.output_dir), data.xyz.device
+    training = TrainingConfig(**settings_of(TrainingConfig, args))
     B, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    samples_per_step = B * accumulation * WORLD_SIZE
-    optimizers = make_optimizers(model)
-    first_step, first_sample, metrics, losses = 0, 0, [], []    # losses: since the last line
-    states = [None]
-    try:
-        if RANK == 0 and prepare_folder(args):
-            states = [read_state(args, config)]
-    except (BadInput, OSError) as error:
-        states = [error]
-    if WORLD_SIZE > 1:                          # rank 0 may be the only one to see the folder
-        dist.broadcast_object_list(states)
-    state = states[0]
-    if isinstance(state, Exception):
-        raise state
+    optimizers, identity = make_optimizers(model), identity_of(args, model, data)
+    windows_per_step = identity["windows per step"]
+    num_steps = args.max_steps or math.ceil(
+        args.num_train_epochs * num_recordings / windows_per_step)
+    first_step, metrics, losses = 0, [], []             # losses: since the last line of metrics
+    state = on_rank_0(prepare_folder, args)             # the only one, maybe, to see the folder
     if state:
-        with refusing(f"{folder / 'training_state.pt'} does not fit (--overwrite_output_dir?)"):
+        with input_errors(f"{folder / 'training_state.pt'} cannot be resumed: {FROM_SCRATCH}"):
+            for name, value in identity.items():
+                if state["identity"][name] != value:
+                    raise InputError(f"{folder}: {name} was {state['identity'][name]} and is now "
+                                     f"{value}: {FROM_SCRATCH}")
             model.load_state_dict(state["model"])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
-            first_step, first_sample = state["step"], state["samples"]
-            metrics, losses = state["metrics"], state["losses"]
-    samples_left = math.ceil(args.num_train_epochs * num_recordings) - first_sample
-    num_steps = args.max_steps or first_step + math.ceil(max(0, samples_left) / samples_per_step)
-    if num_steps < first_step:
-        raise BadInput(f"--max_steps {num_steps}: {folder} has {first_step} steps already")
-    if state:
+            first_step, metrics, losses = state["step"], state["metrics"], state["losses"]
+        if num_steps < first_step:
+            raise InputError(f"--max_steps {num_steps}: {folder} has {first_step} steps already")
         print(f"resuming {folder} after step {first_step} of {num_steps}")
-    elif num_steps * samples_per_step < 100:    # 60 parcels: masked R2 .01, as before the first
+        if num_steps != state["num_steps"]:
+            print(f"note: the learning rate now falls to 0 over {num_steps} steps, not over "
+                  f"{state['num_steps']}")
+    elif num_steps * windows_per_step < 100:    # 60 parcels: masked R2 .01, as before the first
         print(f"note: {num_steps} steps are too few to learn much: raise --max_steps")
 
     def loss_of_samples(model, step, i):        # every process takes its own part of the samples
-        batch = ((step - first_step) * accumulation + i) * WORLD_SIZE + RANK
-        first = first_sample + batch * B
+        first = ((step * accumulation + i) * world_size + rank) * B
         with data.autocast():
             return batch_loss(model, range(first, first + B), step)
 
     def save(step):
         """First training_state.pt, complete: what resumes is always of one step. Then the rest."""
-        if RANK == 0:
+        if rank == 0:
             write_atomically(folder / "training_state.pt", {
-                "step": step, "samples": first_sample + (step - first_step) * samples_per_step,
-                "metrics": metrics, "losses": losses, "args": vars(args), "config": asdict(config),
-                "model": model.state_dict(),
+                "identity": identity, "step": step, "num_steps": num_steps, "metrics": metrics,
+                "losses": losses, "model": model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
             write_atomically(folder / "args.json", to_json(vars(args), indent=2))
             parcels = dict(zip("XYZ", data.xyz.T.tolist())) | {"Network": data.networks}
@@ -1330,292 +1300,372 @@ def run_training(args, model, data, num_recordings, batch_loss):
             model.save_pretrained(folder)
 
     save(first_step)                            # loadable from the start, whatever happened before
-    print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {samples_per_step} "
-          f"windows a step, {WORLD_SIZE} x {device.type}")
+    print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {windows_per_step} "
+          f"windows a step, {world_size} x {device.type}")
     getattr(model, "backbone", model).gradient_checkpointing = args.gradient_checkpointing
-    trained = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
-    if args.compile:
-        trained = torch.compile(trained)
+    trained = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
     started = time.monotonic()
     for step, loss in train(trained, optimizers, loss_of_samples, training, num_steps, first_step):
-        if step > first_step and args.eval_steps and step % args.eval_steps == 0:
-            row = watch(model, data)
+        if rank == 0 and step > first_step and args.eval_steps and step % args.eval_steps == 0:
+            row = validate()
             print("  validation  " + "  ".join(f"{name} {row[name]:.4f}" for name in row))
             metrics.append(to_json({"step": step, **row}))
         if step > first_step and step % args.save_steps == 0:
             save(step)
-        loss = torch.tensor(loss, dtype=torch.float64) / WORLD_SIZE
-        if WORLD_SIZE > 1:
+        loss = torch.tensor(loss, dtype=torch.float64) / world_size
+        if world_size > 1:
             dist.all_reduce(loss)
         losses.append(loss.item())
         done = step + 1
         if done % args.logging_steps == 0 or done == num_steps:
-            seconds, mean = time.monotonic() - started, sum(losses) / len(losses)
-            speed, rate = (done - first_step) / seconds, optimizers[0].param_groups[0]["lr"]
-            left = datetime.timedelta(seconds=round((num_steps - done) / speed))
+            mean, rate = sum(losses) / len(losses), optimizers[0].param_groups[0]["lr"]
+            speed = (done - first_step) / (time.monotonic() - started)
             print(f"step {done}/{num_steps}  loss {mean:.4f}  lr {rate:.2e}  "
-                  f"{speed * samples_per_step:.1f} samples/s  {left} left", flush=True)
-            metrics.append(to_json({"step": done, "loss": mean, "learning_rate": rate,
-                                    "seconds": round(seconds, 2)}))
+                  f"{speed * windows_per_step:.1f} windows/s  "
+                  f"{(num_steps - done) / speed / 60:.1f} min left", flush=True)
+            metrics.append(to_json({"step": done, "loss": mean, "learning_rate": rate}))
             losses.clear()
     save(num_steps)
-    report(args, model, data, folder, num_steps)
-    print(f"\nthe model is in {folder}")
+    if world_size > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        sys.exit()
 
-def report(args, model, data, folder, num_steps=None):
-    """Evaluate a model, print the tables and leave what comes of it in a folder, after num_steps of
-    training with a model card: the results first, what could fail last."""
-    tables, prediction = evaluate_model(model, data)
+def report(args, folder, tables):
+    """Print the tables, then leave them in evaluation.json."""
     print(markdown(tables), flush=True)
-    if RANK > 0:
-        return
     folder.mkdir(parents=True, exist_ok=True)
-    if tables:                                  # none: nobody has a target, the older ones stay
+    if tables:                                  # none where no recording has a target
         content = to_json({"args": vars(args), "tables": tables}, indent=2)
         write_atomically(folder / "evaluation.json", content)
-    if num_steps is not None:
-        write_atomically(folder / "README.md", model_card(model, data.train, num_steps, tables))
-    if prediction is not None:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(prediction_lines(data.val, prediction))
-        write_atomically(folder / "predictions.csv", text.getvalue())
-        print(f"predictions in {folder / 'predictions.csv'}")
 
-def prediction_lines(dataset, prediction):
-    """The lines of predictions.csv: of each recording its row, what of the dataset's columns can be
-    text, and the prediction. A name that the dataset has already is its own."""
-    others = dataset.table.drop_columns(dataset.recording_col)
-    taken = others.column_names
-    columns = {"brainlm_row" if "row" in taken else "row": range(len(dataset))}
-    for name, column in zip(taken, others.columns):
-        try:
-            if pa.types.is_dictionary(column.type):
-                column = column.cast(column.type.value_type)
-            columns[name] = column.cast(pa.string()).to_pylist()
-        except pa.ArrowException as error:
-            print(f"note: predictions.csv leaves out column {name!r}: it is no text ({error})")
-    columns["brainlm_prediction" if "prediction" in taken else "prediction"] = prediction.tolist()
-    return [list(columns), *zip(*columns.values())]
-
-def model_card(model, dataset, num_steps, tables):
+def write_model_card(folder, model, dataset, tables):
     """The README.md of a run folder, which the Hub shows."""
-    name, T = type(model).__name__, model.config.num_timepoints_per_voxel
-    return f"""---
+    name = type(model).__name__
+    write_atomically(folder / "README.md", f"""---
 tags: [fmri, brainlm]
 ---
 # {name}
 
-Trained for {num_steps} steps on `{dataset.recording_col}` of `{Path(dataset.path).name}`
-({len(dataset)} recordings of {dataset.num_parcels} parcels), compared with closed-form baselines:
+Trained on {len(dataset)} recordings of {dataset.num_parcels} parcels (`{dataset.recording_col}`):
 {markdown(tables)}
 
-To run it, in this folder (the method: https://openreview.net/forum?id=RwI7ZEfR27):
-```python
-import json, torch
-from brainlm import {name}
-xyz = torch.tensor([json.load(open("coordinates.json"))[axis] for axis in "XYZ"]).T  # [V, 3], mm
-signal = torch.zeros(1, {T}, len(xyz))          # yours, [B, T, V], scaled as those it learned from
-output = {name}.from_pretrained(".")(signal, xyz)
-```
-"""
+`brainlm.{name}.from_pretrained` loads this folder; coordinates.json holds its parcels.
+The method: https://openreview.net/forum?id=RwI7ZEfR27
+""")
 
-# 15. Commands -------------------------------------------------------------------------------------
+def write_predictions(folder, dataset, prediction):
+    """predictions.csv: for each recording its row, the dataset's other columns, the prediction. A
+    column of the dataset with one of our names keeps it."""
+    others = dataset.table.drop_columns(dataset.recording_col)
+    row, name = "row", "prediction"
+    if {row, name} & {*others.column_names}:
+        row, name = "brainlm_row", "brainlm_prediction"
+    columns = [range(len(dataset)), *(column.to_pylist() for column in others.columns), prediction]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([row, *others.column_names, name])
+    writer.writerows(zip(*columns))
+    write_atomically(folder / "predictions.csv", text.getvalue())
+    print(f"predictions in {folder / 'predictions.csv'}")
+
+# 16. Commands -------------------------------------------------------------------------------------
 
 def pretrain(args):
-    """Learn to reconstruct hidden tokens."""
+    """Learn to reconstruct masked tokens."""
     torch.manual_seed(args.seed)
-    settings = settings_of(BrainLMConfig, vars(args))
+    settings = settings_of(BrainLMConfig, args)
     if args.model_name_or_path:
         model = BrainLM.from_pretrained(args.model_name_or_path, **settings)
     else:
-        model = BrainLM(check_config(BrainLMConfig(**settings)))
+        model = BrainLM(BrainLMConfig(**settings))
     config = model.config
     data = open_data(args, config.num_timepoints_per_voxel)
-    model.to(data.xyz.device).cls_token.requires_grad_(False)   # no parcel reads CLS
-    random_mask(1, 1, len(data.xyz), config.mask_ratio)         # refuses a ratio that hides nothing
+    model.to(data.xyz.device).cls_token.requires_grad_(False)   # no parcel attends to CLS
+    random_mask(1, 1, len(data.xyz), config.mask_ratio)         # InputError if it masks nothing
 
     def batch_loss(model, samples, step):
         signal, mask = pretraining_batch(data.train, config, args.seed, samples, step)
         prediction, _ = model(signal, data.xyz, mask)
         return reconstruction_loss(prediction, signal, mask, config.loss_fn)
 
-    run_training(args, model, data, len(data.train), batch_loss)
+    def validate():
+        signal, masks = reconstruction_tasks(data.val, config, MAX_WINDOWS_WHILE_TRAINING)
+        method = reconstruction_of(model, data)
+        return {f"{task}_R2": reconstruction_scores(method, signal, data.xyz, masks[task])["R2"]
+                for task in masks}
+
+    run_training(args, model, data, len(data.train), batch_loss, validate)
+    folder, tables = Path(args.output_dir), evaluate_backbone(model, data)
+    report(args, folder, tables)
+    write_model_card(folder, model, data.train, tables)
+    print(f"\nthe model is in {folder}")
 
 def finetune(args):
-    """Learn to predict a scalar of each recording."""
-    settings = settings_of(BrainLMConfig, vars(args))
+    """Learn to predict a number, such as age, from each recording."""
+    column = args.variable_of_interest_col_name
+    settings = settings_of(BrainLMConfig, args)
     backbone = BrainLM.from_pretrained(args.model_name_or_path, **settings)
     T = backbone.config.num_timepoints_per_voxel
     data = open_data(args, T)
-    data.column = args.variable_of_interest_col_name
-    data.val_target = open_target(data.val, data.column, least=1)
-    data.target = open_target(data.train, data.column, least=2)
-    rows = np.flatnonzero(~np.isnan(data.target))
-    std = data.target[rows].std()
+    val_target = read_target(data.val, column, min_values=1)
+    target = read_target(data.train, column, min_values=2)
+    rows = np.flatnonzero(~np.isnan(target))
+    std = target[rows].std()
 
     torch.manual_seed(args.seed)
-    model = BrainLMRegressor(backbone.config, data.target[rows].mean(), std).to(data.xyz.device)
+    model = BrainLMRegressor(backbone.config, target[rows].mean(), std).to(data.xyz.device)
     model.backbone.load_state_dict(backbone.state_dict())
     model.backbone.requires_grad_(not args.freeze_backbone)
     for unused in model.backbone.head.weight, model.backbone.head.bias, model.backbone.mask_token:
         unused.requires_grad_(False)
     features = torch.cat([in_batches(data, lambda signal: model.features(signal, data.xyz),
                                      data.train.batch([(row, 0)], T))
-                          for row in rows[:MAX_BASELINE_ROWS]])              # [rows, 3 * H]
+                          for row in evenly(rows, MAX_BASELINE_ROWS)])       # [rows, 3 * H]
     model.feature_mean.copy_(features.mean(dim=0))
     model.feature_std.copy_(features.std(dim=0).nan_to_num(1.0).clamp(min=1e-6))
 
     def batch_loss(model, samples, step):
         windows = [data.train.training_window(n, rows, T, args.seed) for n in samples]
-        target = torch.tensor([data.target[row] for row, _ in windows], dtype=torch.float32)
+        targets = torch.tensor([target[row] for row, _ in windows], dtype=torch.float32)
         prediction = model(data.train.batch(windows, T), data.xyz)
-        return regression_loss(prediction, target.to(data.xyz.device), std)
+        return regression_loss(prediction, targets.to(data.xyz.device), std)
 
-    run_training(args, model, data, len(rows), batch_loss)
+    def validate():
+        some = evenly(np.flatnonzero(~np.isnan(val_target)), MAX_WINDOWS_WHILE_TRAINING)
+        return regression_scores(predict_recordings(model, data, some), val_target[some])
+
+    run_training(args, model, data, len(rows), batch_loss, validate)
+    prediction = predict_recordings(model, data, range(len(data.val)))
+    folder = Path(args.output_dir)
+    tables = evaluate_regression(prediction, data, column, target, val_target)
+    report(args, folder, tables)
+    write_model_card(folder, model, data.train, tables)
+    write_predictions(folder, data.val, prediction)
+    print(f"\nthe model is in {folder}")
 
 def evaluate(args):
-    """Tables as in the paper, of a checkpoint on any dataset, each number beside its opponents'."""
+    """Score a model on any dataset, beside the baselines, without training."""
     name = args.model_name_or_path
     source = model_folder(name)
-    folder = Path(args.output_dir or (name if Path(name).is_dir() else f"runs/{name}"))
-    model = from_pretrained(nn.Module, source, **settings_of(BrainLMConfig, vars(args)))
+    at_home = Path(name if Path(name).is_dir() else f"runs/{name}", "evaluate")
+    folder = Path(args.output_dir or at_home)
+    if (folder / "training_state.pt").exists():
+        raise InputError(f"--output_dir {folder} holds what training left: choose another")
+    model = load_model(source, **settings_of(BrainLMConfig, args))
     data = open_data(args, model.config.num_timepoints_per_voxel)
     model.to(data.xyz.device)
-    if isinstance(model, BrainLMRegressor):
-        data.column, file = args.variable_of_interest_col_name, source / "args.json"
-        if data.column is None:
-            with refusing(f"{file} does not tell --variable_of_interest_col_name: give it"):
+    if isinstance(model, BrainLM):
+        report(args, folder, evaluate_backbone(model, data))
+    else:
+        column = args.variable_of_interest_col_name
+        if column is None:
+            file = source / "args.json"
+            with input_errors(f"{file} names no target: pass --variable_of_interest_col_name"):
                 trained = json.loads(file.read_text(encoding="utf-8"))
-                data.column = trained["variable_of_interest_col_name"]
-        data.val_target = open_target(data.val, data.column, least=0)
-        scored = not np.isnan(data.val_target).all()
-        data.target = open_target(data.train, data.column, least=2 if scored else 0)
-    report(args, model, data, folder)
+                column = trained["variable_of_interest_col_name"]
+        target = val_target = np.full(len(data.val), np.nan)
+        if column in data.val.table.column_names:
+            val_target = read_target(data.val, column, min_values=0)
+        if not np.isnan(val_target).all():
+            target = read_target(data.train, column, min_values=2)
+        prediction = predict_recordings(model, data, range(len(data.val)))
+        report(args, folder, evaluate_regression(prediction, data, column, target, val_target))
+        write_predictions(folder, data.val, prediction)
     print(f"\nresults in {folder}; pictures of them: python benchmarks/pictures.py {folder}")
 
-@dataclass
-class DataConfig:
-    """What every command takes. As in Part I, fields are flags, and their comments the help."""
-    train_dataset_path: str = None            # training recordings; None: ./sample_data/train
-    val_dataset_path: str = None              # validation recordings; None: ./sample_data/val
-    coords_dataset_path: str = None           # parcels' X, Y, Z in mm; None: ./sample_data/coords
-    recording_col_name: str = "Voxelwise_RobustScaler_Normalized_Recording"  # (timepoints, parcels)
-    max_train_samples: int = None             # use only the first training recordings
-    max_eval_samples: int = None              # use only the first validation recordings
-    model_name_or_path: str = None            # a run folder, or user/name on the Hub, to start from
-    output_dir: str = None                    # what comes out; None: where the model is
-    device: str = "auto"                      # cpu, cuda, mps; auto: the fastest there is
-    dtype: str = "auto"                       # float32, bfloat16; auto: bfloat16 on CUDA alone
-    per_device_eval_batch_size: int = 8       # windows to evaluate at once
+def settings_of(config_class, args):
+    """The flags that are fields of a config class, {name: value}."""
+    return {option.name: getattr(args, option.name) for option in fields(config_class)
+            if getattr(args, option.name, None) is not None}
 
-@dataclass
-class RunConfig:
-    """What pretrain and finetune take besides."""
-    num_train_epochs: float = 8.0             # an epoch is one window of each recording
-    max_steps: int = None                     # steps of training, instead of epochs
-    logging_steps: int = 10                   # steps between lines of progress
-    eval_steps: int = 200                     # steps between validations; 0: only at the end
-    save_steps: int = 50                      # steps between checkpoints
-    overwrite_output_dir: bool = False        # start anew in that folder
-    compile: bool = False                     # torch.compile; no GPU has run it yet
-    gradient_checkpointing: bool = False      # less memory, a third more time
-
-@dataclass
-class TargetConfig:
-    """What finetune and evaluate take besides."""
-    variable_of_interest_col_name: str = None  # column of numbers to predict
-    num_timepoints_per_voxel: int = None      # timepoints of a window; None: as in pretraining
-
-@dataclass
-class HeadConfig:
-    """What finetune takes besides."""
-    freeze_backbone: bool = True              # train the MLP head alone
+SAMPLE_DATA = {"train_dataset_path": "./sample_data/train",
+               "val_dataset_path": "./sample_data/val",
+               "coords_dataset_path": "./sample_data/coords"}
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
+        raise InputError(f"{message} ({self.prog} --help lists the flags)")
 
-def comments_of(config_class):
-    """{field: the comment behind it}, of this file; {} where it is pasted into a notebook."""
+def number(kind, lowest, highest=math.inf):
+    """An argparse type: an int or a float from lowest to below highest."""
+    def convert(text):
+        if not lowest <= kind(text) < highest:
+            raise argparse.ArgumentTypeError(f"must be at least {lowest} and finite (got {text})")
+        return kind(text)
+    return convert
+
+def add_fields(group, config_class, **default):
+    """A flag for each field of a config class; the comment behind the field is the help."""
     source = Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
     own = source.partition(f"\nclass {config_class.__name__}:")[2].partition("\n\n")[0]
-    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", own, re.M))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", own, re.M))
+    for option in fields(config_class):
+        kind = option.type
+        if kind is not str:
+            kind = number(kind, 0 if kind is float or option.name == "seed" else 1, 2 ** 63)
+        group.add_argument(f"--{option.name}", type=kind, **{"default": option.default} | default,
+                           help=f"{comments.get(option.name)} (default: {option.default})")
 
 def command_line():
-    """The flags are the fields of dataclasses, named as in the reference implementation."""
     parser = OneLineParser(
         prog="brainlm.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=(
             "BrainLM in one file. Without flags, on sample data (which pretrain makes):\n"
             "  python brainlm.py pretrain      learn to fill in and to forecast, some minutes\n"
-            "  python brainlm.py finetune      then to predict people's age\n"
-            "  python brainlm.py evaluate      tables of the pretrained model and simple methods\n"
-            "Flags, for own data: python brainlm.py COMMAND --help"))
+            "  python brainlm.py finetune      then to predict age\n"
+            "  python brainlm.py evaluate      scores of the pretrained model and of baselines\n"
+            "Flags, for your own data: python brainlm.py COMMAND --help"))
     commands = parser.add_subparsers(dest="command")
-    for run, (groups, defaults) in COMMANDS.items():
-        command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
-        for config_class in groups:
-            group, comments = command.add_argument_group(), comments_of(config_class)
-            for option in fields(config_class):
-                default = defaults.get(option.name, option.default)
-                flag = {"type": option.type, "default": default}
-                if option.type is bool:
-                    flag = {"action": argparse.BooleanOptionalAction, "default": default}
-                if config_class is BrainLMConfig:       # not given: what --model_name_or_path has
-                    flag["default"] = argparse.SUPPRESS
-                group.add_argument(f"--{option.name}", **flag,
-                                   help=f"{comments.get(option.name)} (default: {default})")
-    for name in DROPOUT:
-        commands.choices["pretrain"].add_argument(f"--{name}", type=float, choices=[0.0, 0.1],
-                                                  help=argparse.SUPPRESS)
+    for function in pretrain, finetune, evaluate:
+        name = function.__name__
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        flag = command.add_argument_group("data and results").add_argument
+        flag("--train_dataset_path", help="training recordings (default: ./sample_data/train)")
+        flag("--val_dataset_path", help="validation recordings (default: ./sample_data/val)")
+        flag("--coords_dataset_path",
+             help="columns X, Y, Z of each parcel in MNI mm (default: ./sample_data/coords)")
+        flag("--recording_col_name", default="Voxelwise_RobustScaler_Normalized_Recording",
+             help="column of recordings, (timepoints, parcels) (default: %(default)s)")
+        flag("--max_train_samples", type=number(int, 1), help="use only the first recordings")
+        flag("--max_eval_samples", type=number(int, 1), help="use only the first recordings")
+        flag("--model_name_or_path", help="run folder, or user/name on the Hub, to start from")
+        flag("--output_dir", default=None if name == "evaluate" else f"./runs/{name}",
+             help="folder for what comes out (default: %(default)s; of evaluate, a folder of that "
+                  "name in the run)")
+        flag = command.add_argument_group("device").add_argument
+        flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+             help="auto: the fastest there is (default: %(default)s)")
+        flag("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+             help="auto: bfloat16 on CUDA, float32 elsewhere (default: %(default)s)")
+        flag("--per_device_eval_batch_size", type=number(int, 1), default=8,
+             help="windows evaluated at once (default: %(default)s)")
+
+        group = command.add_argument_group("model")
+        if name == "pretrain":                  # what is not given comes from model_name_or_path
+            add_fields(group, BrainLMConfig, default=argparse.SUPPRESS)
+        else:
+            group.add_argument("--variable_of_interest_col_name", help="column to predict "
+                               "(default: Age.At.MHQ; for evaluate, as in finetuning)")
+            group.add_argument("--num_timepoints_per_voxel", type=number(int, 1),
+                               help="timepoints of a window (default: as in pretraining)")
+        if name == "evaluate":
+            continue
+
+        group = command.add_argument_group("training")
+        add_fields(group, TrainingConfig)
+        flag = group.add_argument
+        flag("--num_train_epochs", type=number(float, 0), default=16 if name == "finetune" else 8,
+             help="an epoch is one window of each recording (default: %(default)s)")
+        flag("--max_steps", type=number(int, 1), help="steps of training, instead of epochs")
+        flag("--logging_steps", type=number(int, 1), default=10,
+             help="steps between lines of progress (default: %(default)s)")
+        flag("--eval_steps", type=number(int, 0), default=50 if name == "finetune" else 200,
+             help="steps between validations; 0: only at the end (default: %(default)s)")
+        flag("--save_steps", type=number(int, 1), default=50,
+             help="steps between checkpoints (default: %(default)s)")
+        flag("--overwrite_output_dir", action="store_true", help="start from scratch there")
+        flag("--gradient_checkpointing", action="store_true",
+             help="less memory, a third more time")
+        if name == "finetune":
+            flag("--freeze_backbone", action=argparse.BooleanOptionalAction, default=True,
+                 help="train the MLP head alone (default: %(default)s)")
+            command.set_defaults(variable_of_interest_col_name="Age.At.MHQ",
+                                 per_device_train_batch_size=8)     # frozen, a window costs little
     return parser
 
-COMMANDS = {        # its flags, and where its defaults are not those of the fields
-    pretrain: ((DataConfig, BrainLMConfig, TrainingConfig, RunConfig),
-               {"output_dir": "./runs/pretrain"}),
-    finetune: ((DataConfig, TargetConfig, HeadConfig, TrainingConfig, RunConfig),
-               {"output_dir": "./runs/finetune", "num_train_epochs": 16.0, "eval_steps": 50,
-                "variable_of_interest_col_name": "Age.At.MHQ",
-                "per_device_train_batch_size": 8}),     # frozen, a backbone takes little
-    evaluate: ((DataConfig, TargetConfig), {})}
-DROPOUT = "hidden_dropout_prob", "attention_probs_dropout_prob"         # flags of the reference
-DEMO = {"train_dataset_path": "./sample_data/train", "val_dataset_path": "./sample_data/val",
-        "coords_dataset_path": "./sample_data/coords", "model_name_or_path": "./runs/pretrain"}
-
 def parse(arguments=None):
-    """The flags of a command. Of the paths all or none are the demo's: own recordings must not meet
-    its coordinates, people or model, which may fit by chance."""
+    """The flags of a command. Own recordings must not meet the coordinates or the model of the
+    sample data, which may fit by chance: either all paths are given or none."""
     parser = command_line()
     args = parser.parse_args(arguments)
     if args.command is None:
         parser.print_help()
         sys.exit(2)
-    paths = [name for name in DEMO if (args.command, name) != ("pretrain", "model_name_or_path")]
+    paths = dict(SAMPLE_DATA)
+    if args.command != "pretrain":
+        paths["model_name_or_path"] = "./runs/pretrain"
     missing = [name for name in paths if getattr(args, name) is None]
     if 0 < len(missing) < len(paths):
-        raise BadInput(f"give --{', --'.join(missing)} too: own paths and the demo's do not mix")
+        raise InputError(f"Also pass --{', --'.join(missing)}: give all paths, or none to use the "
+                         "sample data")
     for name in missing:
-        setattr(args, name, DEMO[name])
-    if any([vars(args).pop(name, None) is not None for name in DROPOUT]):
-        print(f"note: --{' and --'.join(DROPOUT)} do nothing: no kind of dropout gained anything")
-    check_numbers(vars(args))
+        setattr(args, name, paths[name])
     return args
 
 def main(arguments=None):
+    rank, local_rank, _ = torchrun_numbers()
     for stream in sys.stdout, sys.stderr:
         if hasattr(stream, "reconfigure"):              # a console may lack letters of a column
             stream.reconfigure(errors="replace")
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")              # rank 0 speaks for all
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")              # rank 0 prints for all
     try:
         args = parse(arguments)
-        globals()[args.command](args)
-    except (BadInput, OSError) as error:                # OSError: a folder that cannot be written
-        print("error:", textwrap.shorten(str(error), 500, placeholder=" ..."), file=sys.stderr)
+        {"pretrain": pretrain, "finetune": finetune, "evaluate": evaluate}[args.command](args)
+    except (InputError, OSError) as error:              # OSError: a folder that cannot be written
+        if local_rank == 0:                             # one line for each machine
+            print("error:", textwrap.shorten(str(error), 500, placeholder=" ..."), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; without --overwrite_output_dir the same command goes on from the last "
+        print("\nstopped; without --overwrite_output_dir the same command resumes from the last "
               "checkpoint", file=sys.stderr)
         sys.exit(130)                                   # as shells expect after Ctrl-C
+
+# 17. The Hugging Face Hub: what AutoModel and Trainer use -----------------------------------------
+
+if sys.modules.get("transformers"):             # as where the Hub loads this file
+    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import MaskedLMOutput
+
+    class BrainLMHubConfig(PretrainedConfig):
+        model_type, keys_to_ignore_at_inference = "brainlm", ["hidden_states"]
+
+        def __init__(self, model_class="BrainLM", **settings):
+            names = [option.name for option in fields(BrainLMConfig)]
+            ours = BrainLMConfig(**{name: settings.pop(name) for name in names if name in settings})
+            super().__init__(model_class=model_class, **asdict(ours), **settings)
+
+    class BrainLMHubModel(PreTrainedModel):
+        """What AutoModel gives and Trainer trains. Its `model` is a BrainLM or BrainLMRegressor."""
+        config_class, base_model_prefix, main_input_name = BrainLMHubConfig, "model", "signal"
+        supports_gradient_checkpointing = _supports_sdpa = True
+        accepts_loss_kwargs = False             # Trainer divides by the accumulation steps
+        _keep_in_fp32_modules_strict = ["feature_mean", "feature_std", "target_mean", "target_std"]
+
+        def __init__(self, config):
+            super().__init__(config)
+            names = [option.name for option in fields(BrainLMConfig)]
+            dtype = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float32)      # the initialisation needs an inverse
+            self.model = MODELS[config.model_class](
+                BrainLMConfig(**{name: getattr(config, name) for name in names})).to(dtype)
+            torch.set_default_dtype(dtype)
+            self.post_init()
+
+        def _init_weights(self, module):
+            """Nothing to add: BrainLM initialises itself."""
+
+        def forward(self, signal, xyz, mask=None, labels=None, return_dict=None, **others):
+            """xyz [V, 3] or, for what splits batches, the same B times. labels add a loss: the
+            signal itself, over what the mask hides (without one: a random mask's tokens); for a
+            regressor the target, [B]. others: what pipelines and Trainer also pass."""
+            loss = states = None
+            xyz = xyz.reshape(-1, *xyz.shape[-2:])                       # [B or 1, V, 3]
+            if (xyz != xyz[:1]).any():
+                raise InputError("xyz [B, V, 3]: a batch must be of one atlas")
+            if isinstance(self.model, BrainLMRegressor):
+                prediction = self.model(signal, xyz[0])                              # [B]
+                if labels is not None:
+                    loss = regression_loss(prediction, labels.flatten(), self.model.target_std)
+            else:
+                if mask is None and labels is not None:
+                    N = signal.shape[1] // self.config.timepoint_patching_size
+                    mask = random_mask(len(signal), N, len(xyz[0]), self.config.mask_ratio)
+                prediction, states = self.model(signal, xyz[0], mask)    # [B, T, V], [B, S, H]
+                if labels is not None:
+                    loss = reconstruction_loss(prediction, labels, mask, self.config.loss_fn)
+            output = MaskedLMOutput(loss=loss, logits=prediction, hidden_states=states)
+            return output.to_tuple() if return_dict is False else output
 
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook cell
     main()
