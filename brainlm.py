@@ -1630,20 +1630,33 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
         config_class, base_model_prefix, main_input_name = BrainLMHubConfig, "model", "signal"
         supports_gradient_checkpointing = _supports_sdpa = True
         accepts_loss_kwargs = False             # Trainer divides by the accumulation steps
-        _keep_in_fp32_modules_strict = ["feature_mean", "feature_std", "target_mean", "target_std"]
 
         def __init__(self, config):
             super().__init__(config)
+            self.model = self.new_model()
+            self.post_init()
+
+        def new_model(self):
+            """A new BrainLM or BrainLMRegressor: parameters of the default dtype, buffers float32.
+            When a checkpoint is loaded, each tensor keeps the dtype that it has here."""
             names = [option.name for option in fields(BrainLMConfig)]
             dtype = torch.get_default_dtype()
             torch.set_default_dtype(torch.float32)      # the initialisation needs an inverse
-            self.model = MODELS[config.model_class](
-                BrainLMConfig(**{name: getattr(config, name) for name in names})).to(dtype)
+            model = MODELS[self.config.model_class](
+                BrainLMConfig(**{name: getattr(self.config, name) for name in names}))
             torch.set_default_dtype(dtype)
-            self.post_init()
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
+            return model
 
-        def _init_weights(self, module):
-            """Nothing to add: BrainLM initialises itself."""
+        def initialize_weights(self):
+            """Weights that a checkpoint lacks become those of a new model."""
+            tensors = self.model.state_dict(keep_vars=True)
+            missing = [name for name, tensor in tensors.items()
+                       if not getattr(tensor, "_is_hf_initialized", False)]
+            new = self.new_model().state_dict() if missing else {}
+            for name in missing:
+                tensors[name].data.copy_(new[name])
 
         def forward(self, signal, xyz, mask=None, labels=None, return_dict=None, **others):
             """xyz [V, 3] or, for what splits batches, the same B times. labels add a loss: the
