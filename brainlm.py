@@ -1487,12 +1487,13 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message} ({self.prog} --help lists the flags)")
 
-def number(kind, lowest, highest=math.inf):
-    """An argparse type: an int or a float from lowest to below highest."""
+def number(kind, lowest, highest=10 ** 18):
+    """An argparse type: an int or a float from lowest to highest."""
     def convert(text):
-        if not lowest <= kind(text) < highest:
-            raise argparse.ArgumentTypeError(f"must be at least {lowest} and finite (got {text})")
+        if not lowest <= kind(text) <= highest:
+            raise argparse.ArgumentTypeError(f"must be from {lowest} to {highest:g} (got {text})")
         return kind(text)
+    convert.__name__ = kind.__name__                    # argparse: invalid int value
     return convert
 
 def add_fields(group, config_class, **default):
@@ -1501,11 +1502,16 @@ def add_fields(group, config_class, **default):
     own = source.partition(f"\nclass {config_class.__name__}:")[2].partition("\n\n")[0]
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", own, re.M))
     for option in fields(config_class):
-        kind = option.type
-        if kind is not str:
-            kind = number(kind, 0 if kind is float or option.name == "seed" else 1, 2 ** 63)
-        group.add_argument(f"--{option.name}", type=kind, **{"default": option.default} | default,
-                           help=f"{comments.get(option.name)} (default: {option.default})")
+        kind, choices = option.type, None
+        if option.name == "loss_fn":
+            choices = ["mse", "mae"]
+        elif option.name in ("mask_ratio", "forward_mask_prob"):
+            kind = number(float, 0, 1)
+        else:
+            kind = number(kind, 0 if kind is float or option.name == "seed" else 1)
+        group.add_argument(f"--{option.name}", type=kind, choices=choices,
+                           help=f"{comments.get(option.name)} (default: {option.default})",
+                           **{"default": option.default} | default)
 
 def command_line():
     parser = OneLineParser(
