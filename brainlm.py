@@ -1516,12 +1516,13 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message} ({self.prog} --help lists the flags)")
 
-def number(kind, lowest, highest=math.inf):
-    """An argparse type: an int or a float from lowest to below highest."""
+def number(kind, lowest, highest=10 ** 18):
+    """An argparse type: an int or a float from lowest to highest."""
     def convert(text):
-        if not lowest <= kind(text) < highest:
-            raise argparse.ArgumentTypeError(f"must be at least {lowest} and finite (got {text})")
+        if not lowest <= kind(text) <= highest:
+            raise argparse.ArgumentTypeError(f"must be from {lowest} to {highest:g} (got {text})")
         return kind(text)
+    convert.__name__ = kind.__name__                    # argparse: invalid int value
     return convert
 
 def add_fields(group, config_class, **default):
@@ -1530,11 +1531,16 @@ def add_fields(group, config_class, **default):
     own = source.partition(f"\nclass {config_class.__name__}:")[2].partition("\n\n")[0]
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", own, re.M))
     for option in fields(config_class):
-        kind = option.type
-        if kind is not str:
-            kind = number(kind, 0 if kind is float or option.name == "seed" else 1, 2 ** 63)
-        group.add_argument(f"--{option.name}", type=kind, **{"default": option.default} | default,
-                           help=f"{comments.get(option.name)} (default: {option.default})")
+        kind, choices = option.type, None
+        if option.name == "loss_fn":
+            choices = ["mse", "mae"]
+        elif option.name in ("mask_ratio", "forward_mask_prob"):
+            kind = number(float, 0, 1)
+        else:
+            kind = number(kind, 0 if kind is float or option.name == "seed" else 1)
+        group.add_argument(f"--{option.name}", type=kind, choices=choices,
+                           help=f"{comments.get(option.name)} (default: {option.default})",
+                           **{"default": option.default} | default)
 
 def command_line():
     parser = OneLineParser(
@@ -1659,20 +1665,33 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
         config_class, base_model_prefix, main_input_name = BrainLMHubConfig, "model", "signal"
         supports_gradient_checkpointing = _supports_sdpa = True
         accepts_loss_kwargs = False             # Trainer divides by the accumulation steps
-        _keep_in_fp32_modules_strict = ["feature_mean", "feature_std", "target_mean", "target_std"]
 
         def __init__(self, config):
             super().__init__(config)
+            self.model = self.new_model()
+            self.post_init()
+
+        def new_model(self):
+            """A new BrainLM or BrainLMRegressor: parameters of the default dtype, buffers float32.
+            When a checkpoint is loaded, each tensor keeps the dtype that it has here."""
             names = [option.name for option in fields(BrainLMConfig)]
             dtype = torch.get_default_dtype()
             torch.set_default_dtype(torch.float32)      # the initialisation needs an inverse
-            self.model = MODELS[config.model_class](
-                BrainLMConfig(**{name: getattr(config, name) for name in names})).to(dtype)
+            model = MODELS[self.config.model_class](
+                BrainLMConfig(**{name: getattr(self.config, name) for name in names}))
             torch.set_default_dtype(dtype)
-            self.post_init()
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
+            return model
 
-        def _init_weights(self, module):
-            """Nothing to add: BrainLM initialises itself."""
+        def initialize_weights(self):
+            """Weights that a checkpoint lacks become those of a new model."""
+            tensors = self.model.state_dict(keep_vars=True)
+            missing = [name for name, tensor in tensors.items()
+                       if not getattr(tensor, "_is_hf_initialized", False)]
+            new = self.new_model().state_dict() if missing else {}
+            for name in missing:
+                tensors[name].data.copy_(new[name])
 
         def forward(self, signal, xyz, mask=None, labels=None, return_dict=None, **others):
             """xyz [V, 3] or, for what splits batches, the same B times. labels add a loss: the

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 import brainlm
 import sample_data
-from brainlm import (BadInput, BrainLM, BrainLMConfig, BrainLMRegressor, RecordingDataset,
+from brainlm import (InputError, BrainLM, BrainLMConfig, BrainLMRegressor, RecordingDataset,
                      TrainingConfig, block_causal_mask, forward_mask, patchify, random_mask,
                      reconstruction_loss, scores, temporal_encoding)
 from sample_data import RECORDING_COL, make_sample_data, robust_scale, write_dataset
@@ -104,8 +104,8 @@ def test_default_heads_are_even_about_64_wide_and_divide():
     heads = {32: 2, 128: 2, 192: 2, 256: 4, 400: 4, 768: 12, 1000: 10}
     assert {H: BrainLMConfig(hidden_size=H).num_attention_heads for H in heads} == heads
     for H in range(20, 1300, 2):
-        brainlm.check_config(BrainLMConfig(hidden_size=H))      # refuses what does not divide
-    brainlm.check_config(BrainLMConfig(mask_ratio=1, forward_mask_prob=0))
+        BrainLMConfig(hidden_size=H)                    # raises what does not divide
+    BrainLMConfig(mask_ratio=1, forward_mask_prob=0)
 
 def test_windows_are_what_was_written_and_never_the_next_persons(tmp_path):
     dataset, recordings = tiny_dataset(tmp_path / "data")            # of 40, 33 and 52 timepoints
@@ -118,7 +118,7 @@ def test_windows_are_what_was_written_and_never_the_next_persons(tmp_path):
     assert np.array_equal(batch, np.stack([recordings[1][4:14], recordings[0][10:20]]))
     assert dataset.window(0, start=40, num_timepoints=0).shape == (0, 3)
     for row, start, num in (0, 21, 20), (0, 41, None), (0, -1, 20), (2, 40, 13):
-        with pytest.raises(BadInput, match=f"row {row} has {dataset.lengths[row]} timepoints"):
+        with pytest.raises(InputError, match=f"row {row} has {dataset.lengths[row]} timepoints"):
             dataset.window(row, start, num)
 
 def test_training_windows_are_a_function_of_seed_and_sample_number(tmp_path):
@@ -229,7 +229,7 @@ def test_one_mask_serves_a_batch_and_what_is_no_dense_batch_is_refused():
     assert all(map(torch.equal, model(signal, xyz, mask[:1]), every))
     unequal = mask | (torch.arange(3)[:, None, None] == 1)          # sample 1: nothing is visible
     for of_batch, refused in (signal, unequal), (signal[:0], mask[:0]), (signal[:0], mask[:1]):
-        with pytest.raises(BadInput, match="^a mask must hide as many .* of a batch$"):
+        with pytest.raises(InputError, match="^a mask must hide as many .* of a batch$"):
             model(of_batch, xyz, refused)
 
 # 6. Model
@@ -259,7 +259,7 @@ def test_the_same_weights_run_on_any_number_of_parcels_and_of_whole_patches():
     prediction, hidden = model(signal, xyz)
     assert prediction.shape == (2, 45, 7) and hidden.shape == (2, 1 + 9 * 7, 16)
     for T, V, told in (44, 7, "44 timepoints"), (45, 6, "6 coordinates"):
-        with pytest.raises(BadInput, match=told):
+        with pytest.raises(InputError, match=told):
             model(signal[:, :T], xyz[:V])
 
 def test_any_small_configuration_trains_and_is_causal():
@@ -291,7 +291,7 @@ def test_a_forecast_is_forward_masking_and_feeds_on_itself_in_a_sliding_window(c
     for length in 0, 1, 5, 23:
         expected = known[:, context:context + length]
         assert torch.equal(model.forecast(signal, xyz, length), expected)
-    with pytest.raises(BadInput, match="multiple of 5"):
+    with pytest.raises(InputError, match="at least 5 timepoints.* .got 4"):
         model.forecast(signal[:, :4], xyz, 5)
 
 # 4. and 7. What a step hides, and its loss
@@ -302,7 +302,7 @@ def test_random_mask_hides_an_exact_number_of_every_patch_and_every_token_equall
     mask = random_mask(4000, 3, 4, 0.25)
     assert mask.shape == (4000, 3, 4) and (mask.float().mean(dim=0) - 0.25).abs().max() < 0.03
     assert len(mask.flatten(1).unique(dim=0)) == 4 ** 3, "one of 4 parcels of each patch, any"
-    with pytest.raises(BadInput, match="mask_ratio 0.1 hides none of 4 parcels"):
+    with pytest.raises(InputError, match="mask_ratio 0.1 hides none of 4 parcels"):
         random_mask(1, 3, 4, 0.1)
 
 def test_forward_steps_hide_the_last_temporal_token_and_a_third_of_the_others_too(tmp_path):
@@ -422,7 +422,7 @@ def test_no_probability_of_the_start_is_denormal():
 
 @pytest.mark.parametrize("H, sees_time", [(20, True), (24, True), (32, False), (64, False)])
 def test_the_head_reads_what_the_projection_wrote_and_nothing_else_if_there_is_room(H, sees_time):
-    model = BrainLM(brainlm.check_config(BrainLMConfig(hidden_size=H)))     # P = 20, N = 10
+    model = BrainLM(BrainLMConfig(hidden_size=H))     # P = 20, N = 10
     head, where = model.head.weight.detach(), model.spatial_encoding.linear.weight.detach()
     assert (head @ model.patch_projection.weight - torch.eye(20)).abs().max() < 1e-5
     assert max((head @ other).abs().max() for other in (where, model.mask_token)) < 1e-5
@@ -504,8 +504,6 @@ def in_process(environment, log, line, kill_at=None, number=signals.SIGKILL):
     for stream in 1, 2:
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
     os.environ |= environment
-    brainlm.RANK = int(environment.get("RANK", 0))      # as if it was imported only now
-    brainlm.WORLD_SIZE = int(environment.get("WORLD_SIZE", 1))
     torch.set_num_threads(1)
     signals.signal(signals.SIGINT, signals.default_int_handler)     # background jobs ignore it
     operations = itertools.count()
@@ -528,8 +526,7 @@ def ended(process, code=0):
     return process.log.read_text()
 
 def metrics(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: line[name] for name in line if name != "seconds"} for line in lines]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 def state(folder):
     return torch.load(folder / "training_state.pt", weights_only=True)
@@ -538,7 +535,7 @@ def tables(folder):
     return json.loads((folder / "evaluation.json").read_text())["tables"]
 
 def load(folder):
-    return brainlm.from_pretrained(torch.nn.Module, folder)
+    return brainlm.load_model(folder)
 
 def assert_same_run(folder, expected):
     for name in "pytorch_model.bin", "README.md", "predictions.csv":
@@ -607,13 +604,13 @@ LISTS, FIXED = pa.list_(pa.list_(pa.float32())), pa.list_(pa.list_(pa.float64(),
 CONFIG, WEIGHTS = checkpoint().values()
 FAULTS = {  # flag: {what: (files of the folder that it names, what the error says besides it)}
     "train_dataset_path": {
-        "several datasets": ({"dataset_dict.json": b"{}"}, "state.json is missing ... name one"),
+        "several datasets": ({"dataset_dict.json": b"{}"}, "pass one split ... state.json"),
         "no column": (dataset(Recording=[GOOD], Age=[3.0]), "no column 'R' ... Recording, Age"),
         "a column twice": (dataset(stream(("R", [GOOD]), ("R", [GOOD]), Age=[3.0])), "'R'"),
         "no rows of lists": (dataset(R=pa.array([], LISTS)), "'R'"),
-        "no shards": ({"state.json": b'{"_data_files": []}'}, "state.json"),
-        "shard cut": (dataset(SOUND, SOUND[:999]), "shard_1 ... cut"),
-        "state.json a list": ({"state.json": b"[]"}, "state.json"),
+        "no shards": ({"state.json": b'{"_data_files": []}'}, "save_to_disk"),
+        "shard cut": (dataset(SOUND, SOUND[:999]), "complete folder ... got"),
+        "state.json a list": ({"state.json": b"[]"}, "save_to_disk ... 'list'"),
         "rows selected": (dataset(SOUND, indices=[{"filename": "i"}]), "flatten_indices() before"),
         "recording missing": (dataset(R=[GOOD, None]), "'R', row 1 has 0 timepoints"),
         "bools": (dataset(R=[[[True] * V] * 20]), "'R' ... bool"),
@@ -624,23 +621,23 @@ FAULTS = {  # flag: {what: (files of the folder that it names, what the error sa
         "late NaN": (dataset(R=[GOOD, GOOD + [[1, 1, NAN] * 2]]), "timepoint 20, parcel 2 is nan"),
         "too large for float32": (dataset(R=[with_row_7([1e300] * V)]), "timepoint 7 ... 1e+300"),
         "no target column": (dataset(R=[GOOD] * 2, Years=[1, 2]), "no column 'Age' ... R, Years"),
-        "target of a word": (target("50", "n/a", "old"), "'Age', row 2 is no number ... 'old'"),
-        "infinite target": (target(50.0, 60.0, -math.inf), "'Age', row 2 is no ... it is -inf"),
+        "target of a word": (target("50", "n/a", "old"), "'Age', row 2 ... 'old'"),
+        "infinite target": (target(50.0, 60.0, -math.inf), "'Age', row 2 ... -inf"),
         "constant target": (target(0.1, 0.1, None), "'Age' has fewer than 2")},
     "val_dataset_path": {
-        "too short": (dataset(R=[GOOD, GOOD[:11]]), "row 1 has 11 timepoints ... window 12"),
+        "too short": (dataset(R=[GOOD, GOOD[:11]]), "row 1 has 11 timepoints ... 12"),
         "no target": (target(NAN, None), "'Age' has fewer than 1")},
     "coords_dataset_path": {
         "no parcels": (dataset(**dict.fromkeys("XYZ", pa.array([], pa.float32()))), "no rows"),
-        "None": (dataset(**XYZ | {"X": ONES[:5] + [None]}), "'X', row 5 is missing"),
-        "infinity": (dataset(**XYZ | {"Z": ONES[:5] + [math.inf]}), "'Z', row 5 is no ... is inf"),
-        "a word": (dataset(**XYZ | {"Y": ["1"] * 5 + ["left"]}), "'Y', row 5 is no ... 'left'")},
+        "None": (dataset(**XYZ | {"X": ONES[:5] + [None]}), "'X', row 5 is nan"),
+        "infinity": (dataset(**XYZ | {"Z": ONES[:5] + [math.inf]}), "'Z', row 5 is inf"),
+        "a word": (dataset(**XYZ | {"Y": ["1"] * 5 + ["left"]}), "Y ... 'left'")},
     "model_name_or_path": {
         "config a list": ({"config.json": b"[]"}, "config.json"),
-        "other version": ({"config.json": CONFIG.replace(b"loss_fn", b"l")}, "lacks loss_fn"),
-        "count 8.0": (checkpoint(hidden_size=8.0), "config.json: hidden_size is 8.0, not int"),
-        "more layers": (checkpoint(num_hidden_layers=3), "missing ... layers.2.attention_norm"),
-        "weights cut": (checkpoint() | {"pytorch_model.bin": WEIGHTS[:999]}, "pointer of Git LFS"),
+        "other version": ({"config.json": CONFIG.replace(b"loss_fn", b"l")}, "config.json ... loss_fn"),
+        "count 8.0": (checkpoint(hidden_size=8.0), "config.json ... float"),
+        "more layers": (checkpoint(num_hidden_layers=3), "pytorch_model.bin ... layers.2.attention_norm"),
+        "weights cut": (checkpoint() | {"pytorch_model.bin": WEIGHTS[:999]}, "truncated ... Git LFS pointer"),
         "broken safetensors": (checkpoint() | {"model.safetensors": b""}, "model.safetensors"),
         "a weight is no tensor": (checkpoint(TENSORS | {"norm.bias": "text"}), "norm.bias")}}
 
@@ -664,7 +661,7 @@ TARGETS = {     # what a column holds, and which numbers that is
 @pytest.mark.parametrize("values, expected", TARGETS.values(), ids=TARGETS)
 def test_a_target_is_whatever_is_a_number(tmp_path, values, expected):
     write_files(tmp_path / "data", dataset(R=[GOOD] * len(values), Age=values))
-    found = brainlm.open_target(RecordingDataset(tmp_path / "data", "R"), "Age", least=2)
+    found = brainlm.read_target(RecordingDataset(tmp_path / "data", "R"), "Age", 2)
     assert np.array_equal(found, expected, equal_nan=True)
 
 @LOUD
@@ -697,7 +694,7 @@ NOTES = {   # recordings to train and to validate on, coordinates, and the one n
     "late": ([SAMPLE], [SAMPLE, SAMPLE, BOLD, BOLD], PLACES, "val: 2 recordings .* row 2, "),
     "cm": ([SAMPLE], [SAMPLE], PLACES / 10, "coords: coordinates up to .* MNI millimetres"),
     "voxels": ([SAMPLE], [SAMPLE], PLACES - PLACES.min(), "coords: coordinates .* MNI millimetres"),
-    "a person": (people("a", "b", "a"), people("c", "a"), PLACES, "a .1 in all. is .* new people"),
+    "a person": (people("a", "b", "a"), people("c", "a"), PLACES, "a .1 in all. is .* new participants"),
     "numbered people": (people(3, 1, 2), people(2, 3), PLACES, "2 .2 in all. is in "),
     "other people": (people("a", "b", None), people("c", None), PLACES, "")}
 
@@ -734,7 +731,7 @@ def test_a_saved_model_comes_back_bit_for_bit_and_alone(tmp_path):
     assert same_outputs(loaded, model, *inputs)
     assert same_outputs(backbone, model.backbone, *inputs)
     backbone.save_pretrained(tmp_path)
-    with pytest.raises(BadInput, match="holds no BrainLMRegressor: .* finetune"):
+    with pytest.raises(InputError, match="holds no BrainLMRegressor: .* finetune"):
         BrainLMRegressor.from_pretrained(tmp_path)
 
 def hub_class(folder):
@@ -789,7 +786,7 @@ def test_a_model_of_the_hub_does_all_that_trainer_and_others_ask(uninterrupted, 
     assert (half(signal, xyz).logits - expected).norm() < 0.02 * expected.norm()
     theirs = auto(folder, attn_implementation="sdpa")
     assert torch.equal(theirs(signal, xyz.expand(2, -1, -1)).logits, expected)   # as DataParallel
-    with pytest.raises(module.BadInput, match="a batch must be of one atlas"):
+    with pytest.raises(module.InputError, match="a batch must be of one atlas"):
         theirs(signal, torch.stack([xyz, xyz + 1]))
 
 def test_what_neither_a_folder_nor_the_hub_has_is_refused_in_one_line(data, tmp_path, monkeypatch):
@@ -1028,7 +1025,7 @@ def start_two(line, line_of_other=None, *of_first):
     """What torchrun --nproc_per_node=2 does, without its start-up time."""
     with socket.socket() as server:
         server.bind(("localhost", 0))
-        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "test",
                  "MASTER_PORT": str(server.getsockname()[1])}
     return (start(line, *of_first, RANK="0", LOCAL_RANK="0", **world),
             start(line_of_other or line, RANK="1", LOCAL_RANK="1", **world))
@@ -1201,9 +1198,9 @@ def test_every_setting_is_a_flag_with_the_same_default(capsys):
 
 @pytest.mark.parametrize("command", ["pretrain", "finetune", "evaluate"])
 def test_of_the_paths_all_or_none_are_the_demos(command):
-    paths = [*brainlm.DEMO][:3 if command == "pretrain" else 4]
+    paths = [*brainlm.SAMPLE_DATA][:3 if command == "pretrain" else 4]
     args = vars(brainlm.parse([command]))
-    assert all(args[name] == brainlm.DEMO[name] for name in paths)
+    assert all(args[name] == brainlm.SAMPLE_DATA[name] for name in paths)
     for given in paths:
         missing = [f"--{name}" for name in paths if name != given]
         assert_refused([command, f"--{given}=own"], f"give {', '.join(missing)} too")
@@ -1323,7 +1320,7 @@ def test_predictions_are_means_over_the_windows(data, tmp_path, monkeypatch, col
     ([DAY] * 6, ["2020-01-31"] * 6), (pa.array(["a"] * 6).dictionary_encode(), ["a"] * 6)])
 def test_networks_of_any_type_become_text(tmp_path, names, expected):
     write_files(tmp_path / "coords", dataset(**XYZ, Network=names))
-    assert brainlm.open_coordinates(tmp_path / "coords")[1] == expected
+    assert brainlm.read_coordinates(tmp_path / "coords")[1] == expected
 
 @pytest.mark.parametrize("command", ["finetune", "evaluate"])
 def test_windows_may_be_shorter_than_in_pretraining(data, tmp_path, command):
@@ -1498,7 +1495,7 @@ def test_the_real_recordings_become_datasets_and_surrogates(tmp_path, monkeypatc
             for path in tmp_path.iterdir() if path.name != "coords"}
     assert {name: (len(data), data.lengths[0]) for name, data in sets.items()} == {
         "train": (5, 1200), "val": (2, 1200), "external": (5, 355), "surrogates": (3, 1200)}
-    assert brainlm.open_coordinates(tmp_path / "coords")[0].shape == (94, 3)
+    assert brainlm.read_coordinates(tmp_path / "coords")[0].shape == (94, 3)
     rng, train = np.random.default_rng(0), [sets["train"].window(row) for row in range(5)]
     assert np.array_equal(sets["surrogates"].window(0), sample_data.surrogate(train, rng))
 
