@@ -74,6 +74,11 @@ class BrainLMConfig:
         if heads < 1 or H % heads or H % 2 or H < P:
             raise InputError(f"hidden_size ({H}) must be even, a multiple of num_attention_heads "
                              f"({heads}) and at least timepoint_patching_size ({P})")
+        if not (0 < self.mask_ratio <= 1 and 0 <= self.forward_mask_prob <= 1):
+            raise InputError(f"mask_ratio ({self.mask_ratio}) and forward_mask_prob "
+                             f"({self.forward_mask_prob}) must be between 0 and 1")
+        if self.loss_fn not in ("mse", "mae"):
+            raise InputError(f"loss_fn must be mse or mae (got {self.loss_fn})")
 
 @dataclass
 class TrainingConfig:
@@ -1531,16 +1536,11 @@ def add_fields(group, config_class, **default):
     own = source.partition(f"\nclass {config_class.__name__}:")[2].partition("\n\n")[0]
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", own, re.M))
     for option in fields(config_class):
-        kind, choices = option.type, None
-        if option.name == "loss_fn":
-            choices = ["mse", "mae"]
-        elif option.name in ("mask_ratio", "forward_mask_prob"):
-            kind = number(float, 0, 1)
-        else:
+        kind = option.type
+        if kind is not str:
             kind = number(kind, 0 if kind is float or option.name == "seed" else 1)
-        group.add_argument(f"--{option.name}", type=kind, choices=choices,
-                           help=f"{comments.get(option.name)} (default: {option.default})",
-                           **{"default": option.default} | default)
+        group.add_argument(f"--{option.name}", type=kind, **{"default": option.default} | default,
+                           help=f"{comments.get(option.name)} (default: {option.default})")
 
 def command_line():
     parser = OneLineParser(
@@ -1695,7 +1695,7 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
 
         def forward(self, signal, xyz, mask=None, labels=None, return_dict=None, **others):
             """xyz [V, 3] or, for what splits batches, the same B times. labels add a loss: the
-            signal itself, over what the mask hides (without one: a random mask's tokens); for a
+            signal itself, over masked tokens (without a mask, one is drawn as in pretraining); for a
             regressor the target, [B]. others: what pipelines and Trainer also pass."""
             loss = states = None
             xyz = xyz.reshape(-1, *xyz.shape[-2:])                       # [B or 1, V, 3]
@@ -1706,9 +1706,12 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
                 if labels is not None:
                     loss = regression_loss(prediction, labels.flatten(), self.model.target_std)
             else:
-                if mask is None and labels is not None:
+                if mask is None and labels is not None:     # in evaluation always the same masks
+                    seed = int(torch.randint(2 ** 31, ())) if self.training else 0
                     N = signal.shape[1] // self.config.timepoint_patching_size
-                    mask = random_mask(len(signal), N, len(xyz[0]), self.config.mask_ratio)
+                    mask = torch.cat([training_mask(
+                        N, len(xyz[0]), self.config.mask_ratio, self.config.forward_mask_prob,
+                        seeded_generator(seed, "mask", i)) for i in range(len(signal))])
                 prediction, states = self.model(signal, xyz[0], mask)    # [B, T, V], [B, S, H]
                 if labels is not None:
                     loss = reconstruction_loss(prediction, labels, mask, self.config.loss_fn)
