@@ -196,7 +196,7 @@ def shuffled_index(n, count, seed):
     """Which of `count` items the n-th training sample is: each epoch takes each of them once, in a
     new random order."""
     epoch, i = divmod(n, count)                 # the order is drawn each time: nothing is kept
-    order = torch.randperm(count, generator=seeded_generator(seed, "order of the rows", epoch))
+    order = torch.randperm(count, generator=seeded_generator(seed, "order", epoch))
     return int(order[i])
 
 # 3. Tokens: what (a patch) + where (its parcel) + when (its place in the window) ------------------
@@ -382,7 +382,7 @@ def pretraining_batch(dataset, xyz, config, seed, samples, step):
     N = T // config.timepoint_patching_size
     num_masked = round(config.mask_ratio * V)
     num_left_out = int(LEFT_OUT * num_masked)
-    order = torch.randperm(V, generator=seeded_generator(seed, "parcels of a step", step))
+    order = torch.randperm(V, generator=seeded_generator(seed, "parcels", step))
     parcels, W = order[num_left_out:], V - num_left_out
     ratio = (num_masked - num_left_out) / W
     mask = torch.cat([training_mask(N, W, ratio, config.forward_mask_prob,
@@ -1695,7 +1695,7 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
 
         def forward(self, signal, xyz, mask=None, labels=None, return_dict=None, **others):
             """xyz [V, 3] or, for what splits batches, the same B times. labels add a loss: the
-            signal itself, over masked tokens (without a mask, one is drawn as in pretraining); for a
+            signal itself, over masked tokens (without a mask, drawn as in pretraining); for a
             regressor the target, [B]. others: what pipelines and Trainer also pass."""
             loss = states = None
             xyz = xyz.reshape(-1, *xyz.shape[-2:])                       # [B or 1, V, 3]
