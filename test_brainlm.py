@@ -1189,7 +1189,7 @@ def test_every_sample_is_taken_once(data, tmp_path, monkeypatch, B, accumulation
 
 def test_a_run_goes_on_with_the_same_data_elsewhere_but_not_with_other_data_there(
         data, uninterrupted, run, monkeypatch):
-    same = shutil.copytree(data, "same")
+    same = Path(shutil.copytree(data, "same"))
     for line in (words("pretrain", same, run, train="same/train/", coords="./same/coords"),
                  words("pretrain", data, run, train=f"{data}/val/../train")):
         printed = run_here(line)
@@ -1266,7 +1266,7 @@ def test_of_the_paths_all_or_none_are_the_demos(command):
     assert all(args[name] == brainlm.SAMPLE_DATA[name] for name in paths)
     for given in paths:
         missing = [f"--{name}" for name in paths if name != given]
-        assert_refused([command, f"--{given}=own"], f"pass {', '.join(missing)}:")
+        assert_refused([command, f"--{given}=own"], f"pass {', '.join(missing)}")
 
 def test_pretrain_leaves_a_complete_run_folder_and_tells_its_progress(uninterrupted):
     run = uninterrupted["pretrain"]
@@ -1290,7 +1290,7 @@ def test_pretrain_leaves_a_complete_run_folder_and_tells_its_progress(uninterrup
 def test_a_run_folder_holds_a_model_card_and_its_coordinates(data, uninterrupted, command):
     run = uninterrupted[command]
     card, stored = ((run / name).read_text() for name in ("README.md", "coordinates.json"))
-    assert brainlm.markdown(tables(run)) in card and "Trained on 8 recordings of 6 parcels" in card
+    assert all(text in card for text in ("8 recordings of 6 parcels", *tables(run)))
     assert f"`brainlm.{type(load(run)).__name__}.from_pretrained`" in card
     xyz = torch.tensor([json.loads(stored)[axis] for axis in "XYZ"]).T
     assert torch.equal(xyz, brainlm.read_coordinates(data / "coords")[0])
@@ -1327,7 +1327,7 @@ COLUMNS = {     # values of three people, and what predictions.csv has of them: 
     "Site": (SITES, SITES), "null": ([None] * 3, [""] * 3), "bytes": ([b"a"] * 3, ["b'a'"] * 3),
     "Group": (pa.array(["x", None, "x"]).dictionary_encode(), ["x", "", "x"]),
     "Dose": ([decimal.Decimal("1.50"), None, None], ["1.50", "", ""]),
-    "Day": ([DAY, None, None], ["2020-01-31", "", ""]), "lists": ([[1], None, []], ["[1]", "", "[]"]),
+    "Day": ([DAY] * 3, ["2020-01-31"] * 3), "list": ([[1], None, []], ["[1]", "", "[]"]),
     "row": ([7, 8, 9], "789"), "prediction": (["x", None, "z"], ["x", "", "z"])}
 
 @pytest.mark.parametrize("age", [{}, {"Age": [None] * 3}, {"Age": [math.nan] * 3}])
@@ -1337,7 +1337,7 @@ def test_without_a_target_recordings_are_predicted(data, uninterrupted, tmp_path
     write_people(tmp_path / "val", *columns, ("Site", SITES), **age)        # one name twice
     line = words("evaluate", data, None, val=tmp_path / "val", model=run)
     printed = run_here(line)
-    assert "3 rows have no Age" in printed and "|" not in printed, "no table"
+    assert re.search("note: .*Age", printed) and "|" not in printed, "no table"
     for i, row in enumerate(predictions(run / "evaluate")):
         assert row.pop("brainlm_row") == str(i) and float(row.pop("brainlm_prediction")) > 40
         assert row.pop("Age", "") in ("", "nan")
@@ -1368,7 +1368,7 @@ def test_predictions_are_means_over_the_windows(data, tmp_path, monkeypatch, col
         signal = torch.from_numpy(numbers(length, seed=length))
         mean = model(torch.stack([signal[s:s + T] for s in starts]), xyz).mean().item()
         assert float(lines[i].pop("prediction")) == pytest.approx(mean, rel=1e-5)
-        assert [*lines[i].items()] == [("row", str(i)), (column, ["50.5", "", "55"][i])]
+        assert [*lines[i].items()] == [("row", str(i)), (column, ["50.5", "", "55.0"][i])]
     (title, table), = tables(run).items()
     assert title == f"{column}, 2 validation recordings"
     card = re.findall(r"^\|.*", (run / "README.md").read_text("utf-8"), re.MULTILINE)
