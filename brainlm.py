@@ -885,7 +885,7 @@ class GaussianConditionalMean:
         self.moments = moments(dataset, sums)                                # [V], [V, V]
 
     def __call__(self, signal, xyz, mask):
-        patches = patchify(signal.double(), signal.shape[1] // mask.shape[1])        # [B, N, V, P]
+        patches = patchify(signal.to(torch.float64, copy=True), signal.shape[1] // mask.shape[1])
         for patch, masked in zip(patches.flatten(0, 1).numpy(), mask.flatten(0, 1).numpy()):
             weights, intercept = conditional_mean(
                 *self.moments, np.flatnonzero(~masked), np.flatnonzero(masked), self.alpha)
@@ -940,7 +940,7 @@ class VectorAutoregression:
         (B, T, V), P = signal.shape, signal.shape[1] // mask.shape[1]
         weights, intercept = conditional_mean(
             *self.moments, np.arange(2 * V), np.arange(2 * V, 3 * V), self.alpha)
-        forecast = signal.double().numpy()                                   # a copy, [B, T, V]
+        forecast = signal.to(torch.float64, copy=True).numpy()               # [B, T, V]
         for t in range(T - P, T):
             forecast[:, t] = forecast[:, t - 2:t].reshape(B, 2 * V) @ weights + intercept
         return torch.from_numpy(forecast)
@@ -1151,6 +1151,14 @@ def on_rank_0(function, *arguments):
         raise result[0]
     return result[0]
 
+def go_on_on_rank_0():
+    """Leave the process group; the other ranks end here."""
+    rank, _, world_size = torchrun_numbers()
+    if world_size > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        sys.exit()
+
 def start_device(args):
     """The device and a function that makes the autocast context of a batch. Under torchrun it
     starts the process group."""
@@ -1337,10 +1345,7 @@ def run_training(args, model, trained, data, num_recordings, batch_loss, validat
             metrics.append(to_json({"step": done, "loss": mean, "learning_rate": rate}))
             losses.clear()
     save(num_steps)
-    if world_size > 1:
-        dist.destroy_process_group()
-    if rank > 0:
-        sys.exit()
+    go_on_on_rank_0()
 
 def report(args, folder, tables):
     """Print the tables, then leave them in evaluation.json."""
@@ -1372,11 +1377,12 @@ def write_predictions(folder, dataset, prediction):
     row, name = "row", "prediction"
     if {row, name} & {*others.column_names}:
         row, name = "brainlm_row", "brainlm_prediction"
-    columns = [range(len(dataset)), *(column.to_pylist() for column in others.columns), prediction]
+    with input_errors(f"{dataset.path}: leave out the column that is no text"):
+        columns = [column.to_pylist() for column in others.columns]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([row, *others.column_names, name])
-    writer.writerows(zip(*columns))
+    writer.writerows(zip(range(len(dataset)), *columns, prediction))
     write_atomically(folder / "predictions.csv", text.getvalue())
     print(f"predictions in {folder / 'predictions.csv'}")
 
@@ -1489,6 +1495,7 @@ def evaluate(args):
         raise InputError(f"--output_dir {folder} holds what training left: choose another")
     model = load_model(source, **settings_of(BrainLMConfig, args))
     data = open_data(args, model.config.num_timepoints_per_voxel)
+    go_on_on_rank_0()
     model.to(data.xyz.device)
     if isinstance(model, BrainLM):
         report(args, folder, evaluate_backbone(model, data))
@@ -1502,6 +1509,8 @@ def evaluate(args):
         target = val_target = np.full(len(data.val), np.nan)
         if column in data.val.table.column_names:
             val_target = read_target(data.val, column, min_values=0)
+        else:
+            print(f"note: {data.val.path} has no column {column!r}: nothing is scored")
         if not np.isnan(val_target).all():
             target = read_target(data.train, column, min_values=2)
         features_of = cache(partial(recording_features, model, data))
