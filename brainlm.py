@@ -1,16 +1,16 @@
 """BrainLM in one file: a foundation model for brain activity (fMRI), to read, run and trust.
 
-A recording is a matrix (timepoints, parcels): for each of, say, 424 regions (parcels) of a brain
-the oxygen in its blood (BOLD), which follows neural activity by seconds, scaled to median 0 and
-interquartile range 1. The model hides, say, three quarters of a window of 200 timepoints and learns
-to fill them in; what it learns predicts age or clinical scores. After Ortega Caro et al., BrainLM,
-ICLR 2024: https://openreview.net/forum?id=RwI7ZEfR27
+A recording is a matrix (timepoints, parcels): for each of, say, 424 regions of the brain (parcels)
+the blood oxygenation (BOLD), which follows neural activity by a few seconds, scaled to median 0 and
+interquartile range 1. The model masks three quarters of a window of 200 timepoints and learns to
+reconstruct them; its features then predict age or clinical scores. After Ortega Caro et al.,
+BrainLM, ICLR 2024: https://openreview.net/forum?id=RwI7ZEfR27
 
 Part I is the lesson (sections 1 to 9; it runs alone in a notebook cell), Part II the program.
 
-Shapes: B batch, T timepoints, V parcels, P patch length, N = T / P temporal tokens, H hidden size,
-D = H / heads, S = 1 + N * V sequence length (1: CLS, a token of no parcel, which reads all the
-others). "Temporal token n", or "patch n": the n-th patches of all parcels.
+Shapes: B batch, T timepoints, V parcels, P patch length, N = T / P time steps, H hidden size,
+D = H / heads, S = 1 + N * V sequence length (CLS, then N * V patches). A *patch* is P timepoints of
+one parcel; *time step* n holds the n-th patches of all parcels; each patch becomes one *token*.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ from torch.utils.checkpoint import checkpoint
 # 1. Configuration ---------------------------------------------------------------------------------
 
 class InputError(ValueError):
-    """Something in data, flags or files that the user can fix: commands print it as one line."""
+    """Something in data, flags or files that the user can fix; commands print it as one line."""
 
 @contextlib.contextmanager
 def input_errors(message):
-    """Whatever goes wrong inside the block becomes an InputError: the message, then the cause."""
+    """Any exception inside the block becomes an InputError: the message, then the cause."""
     try:
         yield
     except (InputError, MemoryError):
@@ -47,76 +47,71 @@ def input_errors(message):
 
 @dataclass
 class BrainLMConfig:
-    """What defines a model: the config.json of a run folder. Each field is a flag of `pretrain`,
-    its comment the help; the names are those of the published code."""
-    num_timepoints_per_voxel: int = 200       # T, timepoints of a window
-    timepoint_patching_size: int = 20         # P, timepoints of a patch
-    hidden_size: int = 64                     # H, width of a token
-    num_hidden_layers: int = 4                # each: attention, then an MLP
-    num_attention_heads: int = None           # None: an even number, about H / 64, at least 2
+    """What defines a model: the config.json of a run folder. Each field is a flag of `pretrain` and
+    its comment the help. Names are those of the published code. InputError if fields do not fit."""
+    num_timepoints_per_voxel: int = 200       # T, timepoints in a window
+    timepoint_patching_size: int = 20         # P, timepoints in a patch
+    hidden_size: int = 64                     # H, numbers in a token
+    num_hidden_layers: int = 4                # layers: each is attention, then an MLP
+    num_attention_heads: int = None           # even is best; None: about H / 64, at least 2
     intermediate_size: int = None             # width of the MLP in a layer; None: 4 * H
-    mask_ratio: float = 0.75                  # share of the parcels that a random mask hides
-    forward_mask_prob: float = 0.3            # share of the training steps that learn to forecast
-    loss_fn: str = "mse"                      # or "mae", which outliers move less
+    mask_ratio: float = 0.75                  # fraction of the parcels that a random mask hides
+    forward_mask_prob: float = 0.3            # fraction of the samples that use the forward mask
+    loss_fn: str = "mse"                      # mse, or mae, on which outliers have less effect
 
     def __post_init__(self):
-        if self.num_attention_heads is None:    # half start out looking around in space, half back
-            # in time (see the appendix); few: a head has D = H / heads numbers to tell places by
-            even = range(2, max(2, self.hidden_size // 64) + 1, 2)
-            self.num_attention_heads = max([n for n in even if self.hidden_size % n == 0] + [2])
+        T, P, H = self.num_timepoints_per_voxel, self.timepoint_patching_size, self.hidden_size
+        if self.num_attention_heads is None:    # even: half start out spatial, half temporal; wide
+            self.num_attention_heads = max(2, H // 128 * 2)     # enough to compare positions
         if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
-        T, P = self.num_timepoints_per_voxel, self.timepoint_patching_size
-        H, heads = self.hidden_size, self.num_attention_heads
+            self.intermediate_size = 4 * H
+        heads = self.num_attention_heads
         if P < 1 or T < P or T % P:
             raise InputError(f"num_timepoints_per_voxel ({T}) must be a multiple of "
                              f"timepoint_patching_size ({P})")
         if heads < 1 or H % heads or H % 2 or H < P:
             raise InputError(f"hidden_size ({H}) must be even, a multiple of num_attention_heads "
                              f"({heads}) and at least timepoint_patching_size ({P})")
-        if not (0 < self.mask_ratio <= 1 and 0 <= self.forward_mask_prob <= 1):
-            raise InputError(f"mask_ratio ({self.mask_ratio}) and forward_mask_prob "
-                             f"({self.forward_mask_prob}) must be between 0 and 1")
         if self.loss_fn not in ("mse", "mae"):
             raise InputError(f"loss_fn must be mse or mae (got {self.loss_fn})")
 
 @dataclass
 class TrainingConfig:
-    """How a model is trained. Each field is a flag of `pretrain` and of `finetune`."""
-    per_device_train_batch_size: int = 2      # windows a process takes at once
-    gradient_accumulation_steps: int = 1      # batches that make one step
-    learning_rate: float = 1.5e-3             # how far a step moves a number at first; falls to 0
-    seed: int = 0                             # of all that is random
+    """How a model is trained. Each field is a flag of `pretrain` and `finetune`."""
+    per_device_train_batch_size: int = 2      # windows in a batch, for each process
+    gradient_accumulation_steps: int = 1      # batches in a training step
+    learning_rate: float = 1.5e-3             # initial; decays to 0 along half a cosine
+    seed: int = 0                             # random seed
 
-# Knobs that have no flag; benchmarks/ablations.py shows what each is worth.
-MAX_GRADIENT_NORM = 1.0        # longer gradients are cut to this: one odd recording moves little
-FORWARD_MASKED = 1 / 3         # probability that a forward mask in training masks an earlier time
-                               # step too: several forecasts at once
-LEFT_OUT = 2 / 3               # fraction of the parcels to mask that a training step leaves out:
+# Settings without a flag; benchmarks/ablations.py measures what each is worth.
+MAX_GRADIENT_NORM = 1.0        # longer gradients are scaled to this, against unusual recordings
+FORWARD_MASKED = 1 / 3         # probability that a forward mask in training hides an earlier time
+                               # step too: several forecasts in one window
+LEFT_OUT = 2 / 3               # of the parcels to mask, a training step leaves out this fraction:
                                # half of the tokens, so twice the steps in the same time
 
-# 2. Data: folders as datasets.Dataset.save_to_disk of Hugging Face writes them --------------------
+# 2. Data: folders written by datasets.Dataset.save_to_disk of Hugging Face ------------------------
+# On a first reading it is enough to know that RecordingDataset gives windows [T, V] of recordings.
 
 def seeded_generator(seed, stream, number):
-    """A source of random numbers for one use: (0, "random mask", 17) is that of sample 17's mask.
-    No draw depends on what was drawn before. So a run that was stopped goes on as if it had not
-    been, and any number of processes together draws what one would."""
+    """A generator for one purpose: (0, "mask", 17) draws the mask of sample 17. No draw depends on
+    earlier ones, so a resumed run is identical, and any number of processes draws the same."""
     digest = hashlib.sha256(f"{seed}, {stream}, {number}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))   # it uses 32 bits
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))     # 32 bits
 
 def read_arrow(path):
-    """The dataset in a folder as a pyarrow.Table. state.json lists its files, which are Arrow IPC
-    streams. They are memory-mapped: a number stays on disk until somebody looks at it."""
-    shards = []
+    """The dataset in a folder as a pyarrow.Table. state.json lists its files, Arrow IPC streams,
+    which are memory-mapped: numbers stay on disk until they are used."""
+    folder, shards = Path(path).expanduser(), []
     with input_errors(f"Cannot read {path}: expected a complete folder written by "
-                      "Dataset.save_to_disk; of a DatasetDict, pass one split"):
-        state = json.loads(Path(path, "state.json").read_text(encoding="utf-8"))
+                      "Dataset.save_to_disk; for a DatasetDict, pass one split"):
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if state.get("_indices_data_files"):
             raise ValueError("rows were selected or shuffled: flatten_indices() before saving")
         for entry in state["_data_files"]:
-            file = pa.memory_map(str(Path(path, entry["filename"])))
+            file = pa.memory_map(str(folder / entry["filename"]))
             shard = pa.ipc.open_stream(file).read_all()
-            shard.validate(full=True)           # finds offsets out of bounds, looks at no number
+            shard.validate(full=True)           # finds bad offsets without reading numbers
             shards.append(shard)
         return pa.concat_tables(shards)
 
@@ -128,8 +123,8 @@ def read_column(table, name, path):
 
 def read_coordinates(path):
     """Parcel centres, float32 [V, 3], in mm of MNI space (a standard brain), from columns X, Y, Z
-    of a dataset, a row a parcel; and V functional networks from its column Network, None for a
-    parcel without one."""
+    of a dataset with one row per parcel; and a list of V functional networks from its column
+    Network, None for a parcel without one."""
     table = read_arrow(path)
     with input_errors(f"{path}: columns X, Y and Z must hold numbers"):
         axes = [np.array(read_column(table, axis, path).to_pylist(), np.float32) for axis in "XYZ"]
@@ -140,9 +135,9 @@ def read_coordinates(path):
     return torch.from_numpy(np.stack(axes, axis=1)), networks                    # [V, 3]
 
 class RecordingDataset:
-    """The recordings in the column `recording_col` of a dataset, (timepoints, parcels) each, handed
-    out as windows without loading them. Numbers may be of any type, recordings of any length.
-    max_samples: only the first rows. Has lengths, int64 [rows] in timepoints, and num_parcels."""
+    """The recordings (timepoints, parcels) in one column of a dataset, read as windows without
+    loading the rest. Any number type; lengths may differ. max_samples: use only the first rows.
+    Attributes: lengths, int64 [rows] in timepoints, and num_parcels."""
 
     def __init__(self, path, recording_col, max_samples=None):
         self.path, self.recording_col = path, recording_col
@@ -150,12 +145,12 @@ class RecordingDataset:
         column = read_column(self.table, recording_col, path)
         # `datasets` may wrap nested lists into an extension type, Array2D: take what it stores.
         chunks = [getattr(chunk, "storage", chunk) for chunk in column.chunks]
-        # Arrow keeps nested lists as one flat array and where each list starts: [[1, 2], [3, 4]] is
-        # 1 2 3 4 and 0 2 4. So to flatten is to leave out the starts, and copies nothing.
+        # Arrow keeps nested lists as one flat array and the start of each list: [[1, 2], [3, 4]] is
+        # 1 2 3 4 and 0 2 4. Flattening only drops the starts, and copies nothing.
         with input_errors(f"{path}: column {recording_col!r} must hold lists of lists of numbers"):
             recordings = pa.chunked_array(chunks)
             self.timepoints = pc.list_flatten(recordings)   # of all recordings, one after the other
-            self.values = pc.list_flatten(self.timepoints)  # every number of the column, in one row
+            self.values = pc.list_flatten(self.timepoints)  # every number of the column
             self.lengths = pc.list_value_length(recordings).fill_null(0).to_numpy().astype(np.int64)
         self.num_parcels = len(self.values) // max(1, len(self.timepoints))
         self.starts = np.cumsum(self.lengths) - self.lengths       # of each row in `timepoints`
@@ -164,13 +159,13 @@ class RecordingDataset:
         return len(self.lengths)
 
     def window(self, row, start=0, num_timepoints=None):
-        """num_timepoints of one recording from `start` on (None: to its end), as numpy [T, V] in
-        the dataset's own dtype: a view of the file wherever Arrow can give one."""
+        """num_timepoints of a recording from `start` on (None: to its end), as numpy [T, V] in the
+        dtype of the dataset: a view of the file wherever Arrow allows it."""
         length, V = int(self.lengths[row]), self.num_parcels
         T = length - start if num_timepoints is None else num_timepoints
         if not 0 <= start <= start + T <= length:
-            raise InputError(f"{self.path}: column {self.recording_col!r}: row {row} has {length} "
-                           f"timepoints: there is no window of {T} from timepoint {start} on")
+            raise InputError(f"{self.path}: column {self.recording_col!r}, row {row} has {length} "
+                             f"timepoints, so no window of {T} from timepoint {start} on")
         values = self.values.slice((int(self.starts[row]) + start) * V, T * V)
         return values.chunk(0).to_numpy(zero_copy_only=False).reshape(T, V)  # a row is in one chunk
 
@@ -186,23 +181,23 @@ class RecordingDataset:
         return torch.from_numpy(signals)
 
     def training_window(self, n, rows, num_timepoints, seed):
-        """(row, start) of the n-th training sample: in each epoch a random window of every row."""
+        """(row, start) of training sample n. rows: the row numbers to train on. Each epoch takes a
+        random window of every row."""
         row = int(rows[shuffled_index(n, len(rows), seed)])
         num_starts = int(self.lengths[row]) - num_timepoints + 1
         start = torch.randint(num_starts, (), generator=seeded_generator(seed, "window", n))
         return row, int(start)
 
 def shuffled_index(n, count, seed):
-    """Which of `count` items the n-th training sample is: each epoch takes each of them once, in a
-    new random order."""
-    epoch, i = divmod(n, count)                 # the order is drawn each time: nothing is kept
+    """Which of `count` items training sample n is: each epoch takes each item once."""
+    epoch, i = divmod(n, count)
     order = torch.randperm(count, generator=seeded_generator(seed, "order", epoch))
-    return int(order[i])
+    return int(order[i])                        # drawn again for each sample: nothing is stored
 
-# 3. Tokens: what (a patch) + where (its parcel) + when (its place in the window) ------------------
+# 3. Tokens: patch embedding + spatial encoding + temporal encoding (what + where + when) ----------
 
 def patchify(signal, P):
-    """Cut every parcel's time series into patches of P timepoints: [B, T, V] -> [B, N, V, P]."""
+    """Cut each parcel's time series into patches of P timepoints: [B, T, V] -> [B, N, V, P]."""
     B, T, V = signal.shape
     return signal.reshape(B, T // P, P, V).transpose(2, 3)
 
@@ -211,10 +206,10 @@ def unpatchify(patches):
     return patches.transpose(2, 3).flatten(1, 2)
 
 class SpatialEncoding(nn.Module):
-    """Where a parcel is, learned from its coordinates: [V, 3] in MNI mm -> [V, H]. Why not a Linear
-    on xyz itself? Attention compares tokens by products, and those of three numbers cannot say "I
-    read my neighbours". Those of sines and cosines of many wavelengths can: they add up where two
-    places agree, and cancel elsewhere."""
+    """Position of a parcel, learned from its coordinates: [V, 3] in MNI mm -> [V, H]. Why not a
+    Linear on xyz itself? Attention compares tokens by dot products, and those of three numbers
+    cannot express "attend to my neighbours". Dot products of sines and cosines of many wavelengths
+    can: they add up where two positions are close and cancel elsewhere."""
 
     def __init__(self, hidden_size):
         super().__init__()
@@ -228,44 +223,43 @@ class SpatialEncoding(nn.Module):
         return self.linear(waves.flatten(1).to(self.linear.weight.dtype))       # [V, H]
 
 def temporal_encoding(N, hidden_size, device=None):
-    """When a patch is: the sinusoid of Vaswani et al. 2017, section 3.5, [N, H]. Their base 10,000
-    is for thousands of words: over ten patches two waves in three would stand still. Here 100."""
-    place = torch.arange(N, device=device)[:, None]                             # [N, 1]
+    """Sinusoids of the time step (Vaswani et al. 2017, section 3.5), [N, H]. Their base of 10,000
+    is for thousands of words; two thirds of its frequencies would barely change over ten steps."""
+    step = torch.arange(N, device=device)[:, None]                              # [N, 1]
     exponent = -torch.arange(0, hidden_size, 2, device=device) / hidden_size    # [H / 2], 0 to ~ -1
-    angles = place * 100.0 ** exponent                                          # [N, H / 2]
+    angles = step * 100.0 ** exponent                                           # [N, H / 2]
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)         # [N, H]
 
-# 4. Masks: those that hide tokens, for pretraining, and the one that says who attends to whom -----
+# 4. Masks: which tokens are hidden in pretraining, and which token attends to which ---------------
 
 def random_mask(B, N, V, mask_ratio, generator=None):
-    """bool [B, N, V], True = hidden: exactly round(mask_ratio * V) parcels of each patch."""
-    num_hidden = round(mask_ratio * V)
-    if num_hidden == 0:
-        raise InputError(f"mask_ratio {mask_ratio} hides none of {V} parcels: nothing to learn")
+    """bool [B, N, V], True = masked: exactly round(mask_ratio * V) parcels of each time step."""
+    num_masked = round(mask_ratio * V)
+    if num_masked == 0:
+        raise InputError(f"mask_ratio {mask_ratio} masks none of {V} parcels: nothing to learn")
     order = torch.rand(B, N, V, generator=generator).argsort(dim=2)      # B * N permutations of V
     mask = torch.zeros(B, N, V, dtype=torch.bool)
-    return mask.scatter_(2, order[:, :, :num_hidden], True)
+    return mask.scatter_(2, order[:, :, :num_masked], True)
 
 def forward_mask(B, N, V):
-    """bool [B, N, V], True = hidden: the last temporal token. To fill it in is to forecast, since
-    no parcel's token reads the future."""
+    """bool [B, N, V], True = masked: the whole last time step. To reconstruct it is to forecast."""
     mask = torch.zeros(B, N, V, dtype=torch.bool)
     mask[:, -1] = True
     return mask
 
 def training_mask(N, V, mask_ratio, forward_mask_prob, generator=None):
-    """bool [1, N, V], a sample's mask: a forward mask with this probability, else a random one."""
+    """bool [1, N, V], the mask of one sample: forward with this probability, otherwise random."""
     if torch.rand((), generator=generator) < forward_mask_prob:
         earlier = torch.rand(1, N, 1, generator=generator) < FORWARD_MASKED
         return forward_mask(1, N, V) | earlier
     return random_mask(1, N, V, mask_ratio, generator)
 
 def block_causal_mask(N, V):
-    """Who attends to whom (for tests and pictures): bool [S, S], True where token i (query) attends
-    to token j (key). The sequence is [CLS, all parcels at time step 0, all parcels at 1, ...].
-    A parcel attends to all parcels of its own and of earlier time steps and to no later one: so one
-    model fills gaps and forecasts. CLS (row 0) attends to everything, and no parcel attends to CLS
-    (column 0): it knows the future, and would leak it into the past from the second layer on."""
+    """Which token (query, row) attends to which (key, column): bool [S, S]. The sequence is
+    [CLS, all parcels at time step 0, all parcels at time step 1, ...]. A parcel attends to all
+    parcels of its own and of earlier time steps, never to later ones, so one model fills gaps and
+    forecasts. CLS (row 0) attends to everything, and nothing else attends to CLS (column 0): it has
+    seen the future and would leak it into the past from the second layer on."""
     step = torch.arange(N).repeat_interleave(V)                 # [N * V]: 0 0 0 1 1 1 ... (V = 3)
     attends = torch.ones(1 + N * V, 1 + N * V, dtype=torch.bool)
     attends[1:, 0] = False
@@ -276,8 +270,8 @@ def block_causal_mask(N, V):
 
 def block_causal_attention(q, k, v, V):
     """q, k, v and the result [B, heads, S, D]. All tokens of a time step attend to the same tokens,
-    and these are one slice: so one dense attention per time step, eligible for fused kernels. What
-    the mask forbids, 45% of all pairs for 10 time steps, is never computed."""
+    which are one slice. So there is one dense attention call per time step, eligible for fused
+    kernels, and the pairs that the mask excludes (45% for 10 time steps) are never computed."""
     outputs = [F.scaled_dot_product_attention(q[:, :, :1], k, v)]                # CLS
     for start in range(1, q.shape[2], V):
         stop = start + V
@@ -303,9 +297,9 @@ class Layer(nn.Module):
         self.down = nn.Linear(config.intermediate_size, H)
 
     def queries_keys_values(self, x, position):
-        """x [B, S, H], position [S, 2 * H] -> q, k, v, [B, heads, S, D] each. Tokens hold where and
-        when already; here both enter once more, side by side, into queries and keys of every layer:
-        in x they mix with content, and who reads whom would blur from layer to layer."""
+        """x [B, S, H], position [S, 2 * H] -> q, k, v, [B, heads, S, D] each. The tokens contain
+        their position already, but mixed with content, which blurs it from layer to layer. So every
+        layer adds spatial and temporal encoding, side by side, to its queries and keys."""
         q, k, v = self.qkv(self.attention_norm(x)).chunk(3, dim=-1)              # [B, S, H] each
         position_q, position_k = self.position_qk(position).chunk(2, dim=-1)     # [S, H] each
         # [B, S, H] -> [B, heads, S, D]: each head works on its own D of the H numbers.
@@ -320,8 +314,8 @@ class Layer(nn.Module):
         return x + self.down(F.gelu(self.up(self.mlp_norm(x)), approximate="tanh"))
 
 class BrainLM(nn.Module):
-    """The backbone: reconstructs a window from what the mask leaves of it. No parameter's shape
-    depends on V or N: the same weights run on any atlas and any number of patches."""
+    """The backbone: reconstructs a window from its visible patches. No parameter's shape depends on
+    V or N, so the same weights run on any atlas and any number of time steps."""
 
     def __init__(self, config):
         super().__init__()
@@ -334,56 +328,63 @@ class BrainLM(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(H)
         self.head = nn.Linear(H, P)
-        self.gradient_checkpointing = False     # True: less memory, a third more time to train
-        initial_weights(self)                   # a start that is worth minutes: see the appendix
+        self.gradient_checkpointing = False     # True: less memory, a third more time
+        initialise(self)                        # see the appendix
 
     def tokens(self, signal, xyz, mask=None):
         """signal [B, T, V], xyz [V, 3] in mm, mask bool [B, N, V] or None, on any device -> the
-        sequence [B, S, H] and its positions [S, 2 * H]. InputError where shapes do not fit."""
-        B, T, V = signal.shape
+        sequence [B, S, H] and its positions [S, 2 * H]. InputError if the shapes do not fit."""
         H, P = self.config.hidden_size, self.config.timepoint_patching_size
+        if not torch.is_tensor(signal) or signal.dim() != 3 or not torch.is_tensor(xyz):
+            raise InputError("signal [B, T, V] and xyz [V, 3] must be tensors (torch.from_numpy; "
+                             "signal[None] adds the batch)")
+        B, T, V = signal.shape
         if T % P or V != len(xyz):
             raise InputError(f"signal has {T} timepoints and {V} parcels: the first must be a "
-                           f"multiple of {P}, the second equal the {len(xyz)} coordinates")
-        patches = patchify(signal, P).to(self.cls_token)                             # [B, N, V, P]
-        what = self.patch_projection(patches)                                        # [B, N, V, H]
-        if mask is not None:                    # a hidden token keeps its where and its when
-            is_hidden = mask[..., None].to(what.device)                              # [B, N, V, 1]
-            what = torch.where(is_hidden, self.mask_token.to(what.dtype), what)
-        where = self.spatial_encoding(xyz.to(what.device))                           # [V, H]
-        when = temporal_encoding(T // P, H, what.device).to(self.cls_token.dtype)    # [N, H]
-        tokens = what + where + when[:, None]   # [B, N, V, H] + [V, H] + [N, 1, H]
+                             f"multiple of {P}, the second equal the {len(xyz)} coordinates")
+        device, dtype = self.cls_token.device, self.cls_token.dtype     # input may have others
+        patches = patchify(signal, P).to(device, dtype)                              # [B, N, V, P]
+        patch_embedding = self.patch_projection(patches)                             # [B, N, V, H]
+        if mask is not None:                    # a masked token keeps its two encodings
+            masked = mask[..., None].to(device)                                      # [B, N, V, 1]
+            mask_token = self.mask_token.to(patch_embedding.dtype)      # bfloat16 under autocast
+            patch_embedding = torch.where(masked, mask_token, patch_embedding)
+        spatial = self.spatial_encoding(xyz.to(device))                              # [V, H]
+        temporal = temporal_encoding(T // P, H, device).to(dtype)                    # [N, H]
+        tokens = patch_embedding + spatial + temporal[:, None]      # + [V, H] + [N, 1, H]
         cls = self.cls_token.expand(B, 1, -1)                                        # [B, 1, H]
-        position = torch.cat([where.repeat(T // P, 1), when.repeat_interleave(V, dim=0)], dim=1)
-        position = F.pad(position, (0, 0, 1, 0))    # [S, 2 * H]: zeros, no place or time, for CLS
+        position = torch.cat(
+            [spatial.repeat(T // P, 1), temporal.repeat_interleave(V, dim=0)], dim=1)
+        position = F.pad(position, (0, 0, 1, 0))    # [S, 2 * H]: CLS, with zeros, comes first
         return torch.cat([cls, tokens.flatten(1, 2)], dim=1), position
 
     def forward(self, signal, xyz, mask=None):
-        """signal float [B, T, V], xyz float [V, 3] in mm, mask bool [B, N, V] (True = hidden) or
-        None. Returns the reconstruction [B, T, V] and the states [B, S, H] behind it, CLS first."""
-        V = signal.shape[2]
+        """signal float [B, T, V], xyz float [V, 3] in mm, mask bool [B, N, V] (True = masked) or
+        None -> reconstruction [B, T, V] and the hidden states [B, S, H] behind it, CLS first."""
+        V = signal.shape[-1]
         x, position = self.tokens(signal, xyz, mask)                      # [B, S, H], [S, 2 * H]
         for layer in self.layers:
-            if self.gradient_checkpointing:     # keep x alone, compute the rest again in backward
+            if self.gradient_checkpointing:     # keep x alone, recompute the rest in backward
                 x = checkpoint(layer, x, position, V, use_reentrant=False)
             else:
                 x = layer(x, position, V)
-        states = self.norm(x)                                                        # [B, S, H]
-        patches = self.head(states[:, 1:]).unflatten(1, (-1, V))                     # [B, N, V, P]
-        return unpatchify(patches), states                          # [B, T, V], [B, S, H]
+        hidden_states = self.norm(x)                                                 # [B, S, H]
+        patches = self.head(hidden_states[:, 1:]).unflatten(1, (-1, V))              # [B, N, V, P]
+        return unpatchify(patches), hidden_states                   # [B, T, V], [B, S, H]
 
-# 7. Pretraining: what a step sees, and its loss ---------------------------------------------------
+# 7. Pretraining: a batch and its loss -------------------------------------------------------------
 
 def pretraining_batch(dataset, xyz, config, seed, samples, step):
     """Signal [B, T, W], coordinates [W, 3] and mask bool [B, N, W] of the samples with these
-    numbers, for W of all V parcels: the visible ones and a third of those to mask. Leaving out the
-    others costs little, since a third teaches nearly as much as all, and pays for more steps."""
+    numbers, for W of all V parcels: as many as stay visible, and a third of those to mask. A third
+    teaches nearly as much as all of them, and leaving out the others pays for twice the steps."""
     T, V = config.num_timepoints_per_voxel, dataset.num_parcels
     N = T // config.timepoint_patching_size
     num_masked = round(config.mask_ratio * V)
     num_left_out = int(LEFT_OUT * num_masked)
+    W = V - num_left_out
     order = torch.randperm(V, generator=seeded_generator(seed, "parcels", step))
-    parcels, W = order[num_left_out:], V - num_left_out
+    parcels = order[num_left_out:]                                               # [W]
     ratio = (num_masked - num_left_out) / W
     mask = torch.cat([training_mask(N, W, ratio, config.forward_mask_prob,
                                     seeded_generator(seed, "mask", n)) for n in samples])
@@ -392,20 +393,26 @@ def pretraining_batch(dataset, xyz, config, seed, samples, step):
     return signal, xyz[parcels.to(xyz.device)], mask
 
 def reconstruction_loss(prediction, signal, mask, loss_fn="mse"):
-    """Mean squared ("mse") or absolute ("mae") error over hidden tokens alone: a visible one could
-    simply be copied. prediction, signal [B, T, V], mask bool [B, N, V]."""
+    """Mean squared ("mse") or absolute ("mae") error over masked tokens alone: visible ones could
+    simply be copied. prediction, signal [B, T, V], mask bool [B, N, V] -> scalar."""
     P = signal.shape[1] // mask.shape[1]
-    is_hidden = mask.repeat_interleave(P, dim=1).to(prediction.device)               # [B, T, V]
-    error = (prediction - signal.to(prediction.device))[is_hidden]
+    masked = mask.repeat_interleave(P, dim=1).to(prediction.device)                  # [B, T, V]
+    error = (prediction - signal.to(prediction.device))[masked]
     return error.square().mean() if loss_fn == "mse" else error.abs().mean()
 
-# 8. Regression head, for finetuning ---------------------------------------------------------------
+def pretraining_loss(model, dataset, xyz, config, seed, samples, step):
+    """Pretraining in three lines, for one batch of a training step -> scalar."""
+    signal, xyz, mask = pretraining_batch(dataset, xyz, config, seed, samples, step)
+    reconstruction, _ = model(signal, xyz, mask)
+    return reconstruction_loss(reconstruction, signal, mask, config.loss_fn)
+
+# 8. Finetuning: a regression head -----------------------------------------------------------------
 
 class BrainLMRegressor(nn.Module):
-    """Backbone and a 3-layer MLP: signal [B, T, V] -> [B], in the target's own units (years, ...).
-    The paper's MLP reads CLS alone. Here no parcel reads CLS, so the pretraining loss never reaches
-    it: the MLP also reads mean and spread of all parcel tokens. People differ by a few percent in
-    these: so `finetune` sets four buffers, by which features and target get mean 0 and std 1."""
+    """Backbone and a 3-layer MLP: signal [B, T, V] -> [B], in the units of the target (years, ...).
+    In the paper the MLP gets CLS alone. Here nothing attends to CLS, so pretraining does not train
+    it, and the MLP also gets mean and standard deviation of all other hidden states. Participants
+    differ by a few percent in these, so four buffers standardise features and target."""
 
     def __init__(self, config, target_mean=0.0, target_std=1.0):
         super().__init__()
@@ -420,13 +427,13 @@ class BrainLMRegressor(nn.Module):
         self.register_buffer("target_std", torch.tensor(float(target_std)))
 
     def features(self, signal, xyz):
-        """CLS, mean and spread over the parcel tokens: [B, T, V] -> float32 [B, 3 * H]."""
-        states = self.backbone(signal, xyz)[1].float()                               # [B, S, H]
-        cls, parcels = states[:, 0], states[:, 1:]               # [B, H], [B, N * V, H]
+        """CLS, mean and standard deviation over the other tokens: [B, T, V] -> float32 [B, 3H]."""
+        hidden_states = self.backbone(signal, xyz)[1].float()                        # [B, S, H]
+        cls, parcels = hidden_states[:, 0], hidden_states[:, 1:]     # [B, H], [B, N * V, H]
         return torch.cat([cls, parcels.mean(dim=1), parcels.std(dim=1, correction=0)], dim=1)
 
     def predict(self, features):
-        """Features [B, 3 * H] -> [B], in the target's own units."""
+        """Features [B, 3H] -> predictions [B]."""
         features = (features - self.feature_mean) / self.feature_std
         standardised = self.mlp(features.to(self.mlp[0].weight.dtype)).squeeze(1).float()      # [B]
         return standardised * self.target_std + self.target_mean
@@ -435,65 +442,31 @@ class BrainLMRegressor(nn.Module):
         return self.predict(self.features(signal, xyz))
 
 def regression_loss(prediction, target, target_std):
-    """Mean squared error, in units of target_std: years and scores train alike. Both are [B]."""
+    """Mean squared error in units of target_std, so years and scores train alike. Both are [B]."""
     return ((prediction - target) / target_std).square().mean()
 
 # 9. Training --------------------------------------------------------------------------------------
 
-class Muon(torch.optim.Optimizer):
-    """Jordan et al. 2024. A gradient A diag(s) C' (its singular values s tell how long it is in
-    which direction) becomes the step A C', about equally long in all directions, so that what few
-    samples agree on is learned as fast as what all do. In float32: bfloat16, which torch.optim.Muon
-    takes, makes a training step five times as long on CPUs without units for it."""
-
-    def __init__(self, matrices):
-        super().__init__(matrices, {"lr": 0.0})
-
-    @torch.no_grad()
-    def step(self):
-        rate = self.param_groups[0]["lr"]
-        for matrix in self.param_groups[0]["params"]:
-            average = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
-            average.lerp_(matrix.grad, 0.05)
-            step = matrix.grad.lerp(average, 0.95)                         # Nesterov's momentum
-            tall = step.shape[0] > step.shape[1]
-            step = step.T if tall else step     # step @ step.T: the smaller of the two products
-            # A C' without finding A and C (Newton-Schulz): odd powers of A diag(s) C' change s
-            # alone, and this polynomial, five times, brings s from (0.003, 1] to 0.7 ... 1.2.
-            step = step / (step.norm() + 1e-7)                             # s in [0, 1]
-            for _ in range(5):
-                gram = step @ step.T
-                step = 3.4445 * step + (-4.7750 * gram + 2.0315 * gram @ gram) @ step
-            step = step.T if tall else step
-            matrix.sub_(rate * math.sqrt(max(matrix.shape)) * step)        # RMS about 1, as Adam's
-
-def make_optimizers(model):
-    """Muon for the layers' matrices, Adam for the rest."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = {name: p for name, p in trained.items() if "layers." in name and p.dim() == 2}
-    others = [p for name, p in trained.items() if name not in matrices]
-    optimizers = [torch.optim.Adam(others, fused=True)]
-    if matrices:                                # none where the backbone is frozen
-        optimizers.append(Muon(matrices.values()))
-    return optimizers
-
-def train(model, optimizers, batch_loss, training, num_steps, first_step=0):
+def train(model, optimizers, batch_loss, training, num_steps, first_step=0,
+          rank=0, num_processes=1):
     """Train the model in place: `for step, loss in train(...)`, from first_step to num_steps.
-    batch_loss(model, step, i) -> scalar loss of the step's i-th batch.
+    batch_loss(model, samples, step) -> scalar loss of the training samples with these numbers.
+    rank, num_processes: with several processes, each takes its own samples of a step.
 
-    It yields before the update: `step` updates are done, and the next one is known to be finite.
-    Who saves there saves sound weights, and who goes on from them computes this very step again."""
-    accumulation = training.gradient_accumulation_steps
+    It yields before the update: `step` updates are done, and the next one is known to be finite. A
+    checkpoint saved there is finite, and resuming from it repeats this very step."""
+    B, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     for step in range(first_step, num_steps):
-        share = 0.5 * (1 + math.cos(math.pi * step / num_steps))       # half a cosine, 1 to 0
+        cosine = 0.5 * (1 + math.cos(math.pi * step / num_steps))          # from 1 to 0
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = training.learning_rate * share
+                group["lr"] = training.learning_rate * cosine
 
         loss = 0.0
         for i in range(accumulation):
-            part = batch_loss(model, step, i) / accumulation
-            part.backward()                     # gradients add up over the parts
+            first = ((step * accumulation + i) * num_processes + rank) * B
+            part = batch_loss(model, range(first, first + B), step) / accumulation
+            part.backward()                     # gradients add up over the batches of a step
             loss += part.item()
         norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
         if not math.isfinite(loss) or not norm.isfinite():
@@ -505,78 +478,121 @@ def train(model, optimizers, batch_loss, training, num_steps, first_step=0):
             optimizer.step()
         model.zero_grad()
 
-# Appendix: the start. Nobody needs it to understand the rest. -------------------------------------
+def make_optimizers(model):
+    """Muon for the matrices of the layers, Adam for all other parameters."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in trained.items() if "layers." in name and p.dim() == 2]
+    others = [p for name, p in trained.items() if "layers." not in name or p.dim() != 2]
+    optimizers = [torch.optim.Adam(others, fused=True)]
+    if matrices:                                # none if the backbone is frozen
+        optimizers.append(Muon(matrices))
+    return optimizers
+
+class Muon(torch.optim.Optimizer):
+    """Jordan et al. 2024 (can be read last). Write a gradient as U S V' (singular value
+    decomposition): S says how large it is in each direction. The step is U V', equally large in all
+    directions, so that rare directions are learned as fast as common ones. In float32: bfloat16, as
+    in torch.optim.Muon, takes five times as long on CPUs without units for it."""
+
+    def __init__(self, matrices, lr=1.5e-3):
+        super().__init__(matrices, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = torch.enable_grad()(closure)() if closure else None
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    self.update(matrix, group["lr"])
+        return loss
+
+    def update(self, matrix, lr):
+        average = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+        average.lerp_(matrix.grad, 0.05)
+        step = matrix.grad.lerp(average, 0.95)                             # Nesterov momentum
+        tall = step.shape[0] > step.shape[1]
+        step = step.T if tall else step         # of step @ step.T, take the smaller
+        # Newton-Schulz iteration. With X = U S V', X X' X = U S^3 V': a polynomial of odd powers
+        # acts on S alone. Five times this one brings any S in (0.003, 1] to between 0.7 and 1.2.
+        step = step / (step.norm() + 1e-7)                                 # S in [0, 1]
+        for _ in range(5):
+            gram = step @ step.T
+            step = 3.4445 * step + (-4.7750 * gram + 2.0315 * gram @ gram) @ step
+        step = step.T if tall else step
+        matrix.sub_(lr * math.sqrt(max(matrix.shape)) * step)   # entries of about 1, as Adam's
+
+# Appendix: initialisation. Read it last; without it, learning takes several times as long. --------
 #
-# Kriging (interpolation) in space, autoregression in time, written as attention. What a random
-# network would find out first is known: a parcel is like its neighbours, and goes on as it was
-# going. So even heads, the spatial ones, average what is near at the same time; odd heads, the
-# temporal ones, continue what the same place did one patch ago. Without it the same comes later.
+# What a network with random weights would first have to find out: interpolation in space (kriging)
+# and autoregression in time, written as attention. Even heads, the spatial ones, average nearby
+# parcels of the same time step; odd heads, the temporal ones, extrapolate the parcel's last patch.
 
-SPATIAL_WHERE, SPATIAL_WHEN = 2.0, 4.0      # factors of a query's parts: the larger, the choosier.
-TEMPORAL_WHERE, TEMPORAL_WHEN = 4.0, 3.0    # Spatial heads average, temporal ones want one place;
-CONTENT = 0.2                               # what a token holds decides little at first
-GUESS = 0.6                 # what heads of one kind add in all layers: both kinds say much the same
-SMOOTH, NOISE = 4.0, 0.5    # BOLD is smooth over 4 timepoints, in noise of half its variance
+SPATIAL_HEAD = 2.0, 4.0     # lengths of the spatial and the temporal part of queries: longer ones
+TEMPORAL_HEAD = 4.0, 3.0    # select more sharply, and temporal heads need a single parcel
+CONTENT = 0.2               # length of the content part of a query
+HEAD_GAIN = 0.6             # summed output of all heads of one kind; both kinds say much the same
+SMOOTHNESS, NOISE = 4.0, 0.5    # BOLD is smooth over some 4 timepoints; half as much is white noise
 
-def continuation(P):
-    """What to expect after a patch, a matrix [P, P]: next patch = continuation @ patch, its
-    conditional mean. The last few values go on, and decay."""
+def extrapolation(P):
+    """The matrix [P, P] that maps a patch to the expected next one, for a Gaussian process."""
     time = torch.arange(2 * P)
-    covariance = torch.exp(-0.5 * ((time[:, None] - time) / SMOOTH) ** 2)        # [2 * P, 2 * P]
+    covariance = torch.exp(-0.5 * ((time[:, None] - time) / SMOOTHNESS) ** 2)    # [2 * P, 2 * P]
     return covariance[P:, :P] @ torch.linalg.inv(covariance[:P, :P] + NOISE * torch.eye(P))
 
 @torch.no_grad()
-def initial_weights(model):
-    """Weights to learn fast from; from H = 128 on a fair first guess before any training."""
-    if model.cls_token.is_meta:                         # no numbers yet: a checkpoint brings them
+def initialise(model):
+    """Set the initial weights of a BrainLM, drawn from torch's global generator."""
+    if model.cls_token.is_meta:                 # without memory: a checkpoint will be loaded
         return
     H, P = model.config.hidden_size, model.config.timepoint_patching_size
     N, heads = model.config.num_timepoints_per_voxel // P, model.config.num_attention_heads
-    D = H // heads
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
     nn.init.normal_(model.cls_token, std=0.02)
-    nn.init.normal_(model.mask_token, std=0.3)          # two thirds as long as a patch
+    nn.init.normal_(model.mask_token, std=0.3)
 
-    # A patch is written along P orthonormal directions, and read from them again (about 1.4 times
-    # as large, by the LayerNorm between). Nothing else may point there, or the head would print it
-    # as signal: QR turns them away from ones, the mean that LayerNorm removes, and from the
-    # sinusoid, as far as H has room; where and [MASK] lose their part.
+    # Patches are written along P orthonormal directions and read from them. Nothing else may point
+    # there, or the head would print it as signal: QR makes them orthogonal to ones (the mean, which
+    # LayerNorm removes) and, as far as H has room, to the temporal encoding.
     others = torch.cat([torch.ones(H, 1), temporal_encoding(N, H).T], dim=1)[:, :H - P]
     directions = torch.linalg.qr(torch.cat([others, torch.randn(H, P)], dim=1))[0][:, -P:]  # [H, P]
     model.patch_projection.weight.copy_(directions)
     model.head.weight.copy_(directions.T)
-    for other in model.spatial_encoding.linear.weight, model.mask_token:
-        other -= directions @ (directions.T @ other)
+    for weight in model.spatial_encoding.linear.weight, model.mask_token:
+        weight.sub_(directions @ (directions.T @ weight))
 
-    # The matrix with one_later @ when(n) = when(n + 1) turns each pair (sine, cosine).
+    # The matrix with next_step @ temporal_encoding[n] = temporal_encoding[n + 1] rotates each pair.
     sine, cosine = temporal_encoding(2, H)[1].view(-1, 2).T                      # [H / 2] each
-    turns = torch.stack([cosine, sine, -sine, cosine], dim=1).view(-1, 2, 2)     # [H / 2, 2, 2]
-    one_later = torch.block_diag(*turns)                                         # [H, H]
+    rotations = torch.stack([cosine, sine, -sine, cosine], dim=1).view(-1, 2, 2)
+    next_step = torch.block_diag(*rotations)                                     # [H, H]
 
     for layer in model.layers:
         nn.init.zeros_(layer.out.weight)
-        nn.init.normal_(layer.down.weight, std=0.002)   # the MLP: adds almost nothing yet
+        nn.init.normal_(layer.down.weight, std=0.002)       # the MLP adds almost nothing yet
         for head in range(heads):
-            rows, temporal = slice(head * D, (head + 1) * D), head % 2 == 1
+            temporal, rows = head % 2 == 1, slice(head * H // heads, (head + 1) * H // heads)
             query, key, value = (matrix[rows] for matrix in layer.qkv.weight.chunk(3))    # [D, H]
-            place_query, place_key = (matrix[rows] for matrix in layer.position_qk.weight.chunk(2))
-
-            # Keys equal queries: a token reads those like itself. But keys of temporal heads tell
-            # the time of the next patch, so that a query finds the patch before its own.
-            key.copy_(nn.init.orthogonal_(query).mul_(CONTENT))
-            where, when = place_query.chunk(2, dim=1)                            # [D, H] each
-            nn.init.orthogonal_(where).mul_(TEMPORAL_WHERE if temporal else SPATIAL_WHERE)
-            nn.init.orthogonal_(when).mul_(TEMPORAL_WHEN if temporal else SPATIAL_WHEN)
-            place_key.copy_(torch.cat([where, when @ one_later if temporal else when], dim=1))
-
-            # What is read: the patch. Spatial heads pass it on, temporal ones its continuation.
-            nn.init.orthogonal_(value)[:P] = directions.T[:D]
-            passed_on = directions @ continuation(P) if temporal else directions         # [H, P]
-            of_its_kind = heads // 2 if temporal else math.ceil(heads / 2)
-            share = GUESS / len(model.layers) / of_its_kind
-            layer.out.weight[:, rows][:, :P] = share * passed_on[:, :D]
+            position_query, position_key = (
+                matrix[rows] for matrix in layer.position_qk.weight.chunk(2))        # [D, 2 * H]
+            nn.init.orthogonal_(query)
+            query.mul_(CONTENT)
+            lengths = TEMPORAL_HEAD if temporal else SPATIAL_HEAD
+            for part, length in zip(position_query.chunk(2, dim=1), lengths):        # [D, H] each
+                nn.init.orthogonal_(part)
+                part.mul_(length)
+            # Keys equal queries, so a token attends to similar ones. But the keys of temporal heads
+            # carry the next time step, so a query finds the patch one step before its own.
+            key.copy_(query)
+            position_key.copy_(position_query)
+            if temporal:
+                position_key[:, H:] = position_query[:, H:] @ next_step
+            # Values are patches: spatial heads pass them on, temporal heads extrapolate them.
+            nn.init.orthogonal_(value)
+            value[:P] = directions.T[:H // heads]
+            output = directions @ extrapolation(P) if temporal else directions           # [H, P]
+            gain = HEAD_GAIN / len(model.layers) / len(range(temporal, heads, 2))
+            layer.out.weight[:, rows][:, :P] = gain * output[:, :H // heads]
 
 # Part II: the program =============================================================================
 
@@ -595,6 +611,11 @@ from typing import Callable
 
 import torch.distributed as dist
 
+__all__ = """BrainLM BrainLMConfig BrainLMRegressor InputError RecordingDataset TrainingConfig
+    block_causal_mask check_recordings forward_mask load_model make_optimizers patchify
+    pretraining_batch pretraining_loss random_mask read_coordinates reconstruction_loss
+    regression_loss scores temporal_encoding train training_mask unpatchify""".split()
+
 # 10. Checking input: what Part I takes for granted ------------------------------------------------
 
 def check_coordinates(xyz, path):
@@ -602,16 +623,16 @@ def check_coordinates(xyz, path):
     if len(xyz) == 0:
         raise InputError(f"{path} has no rows: expected one row per parcel")
     for row, axis in torch.nonzero(~xyz.isfinite()).tolist():
-        raise InputError(f"{path}: column {'XYZ'[axis]!r}, row {row} is {xyz[row, axis]}: every "
-                         "parcel needs coordinates")
+        raise InputError(f"{path}: column {'XYZ'[axis]!r}, row {row} must be a finite number (got "
+                         f"{xyz[row, axis]})")
     farthest = xyz.abs().max()          # a brain reaches 110 mm; voxel indices are never negative
     if xyz.min() >= 0 or not 12 <= farthest <= 200:
         print(f"note: {path}: coordinates up to {farthest:.4g} do not look like MNI millimetres")
 
 def check_recordings(dataset, window=1, num_parcels=None):
-    """Look at every number of a RecordingDataset. Raises InputError where a recording has fewer
-    timepoints than a window, other than num_parcels parcels (None: those of the first timepoint) or
-    a value that is not finite in float32. Prints a note if the units are unusual."""
+    """Check every number of a RecordingDataset. InputError if a recording has fewer timepoints than
+    a window, parcels other than num_parcels (None: than its first timepoint) or a value that is not
+    finite in float32. Prints a note if recordings have unusual units."""
     where, unusual = f"{dataset.path}: column {dataset.recording_col!r}", []
     if len(dataset) == 0:
         raise InputError(f"{dataset.path} has no rows: expected one recording per row")
@@ -624,7 +645,7 @@ def check_recordings(dataset, window=1, num_parcels=None):
         if len(wrong):
             t, width = wrong[0], widths[start + wrong[0]]
             raise InputError(f"{where}, row {row}, timepoint {t} has {width} parcels, not {V}: "
-                             "ragged, transposed (timepoints come first) or of another atlas?")
+                             "ragged, of another atlas or transposed (timepoints come first)?")
         if length < window:
             raise InputError(f"{where}, row {row} has {length} timepoints, fewer than a window of "
                              f"{window}: leave it out or lower --num_timepoints_per_voxel")
@@ -634,7 +655,7 @@ def check_recordings(dataset, window=1, num_parcels=None):
         if not np.isfinite(numbers).all():
             t, v = np.argwhere(~np.isfinite(numbers))[0]
             raise InputError(f"{where}, row {row}, timepoint {t}, parcel {v} is {signal[t, v]}: "
-                             "repair it or leave the row out")
+                             "correct it or leave the row out")
         varying = numbers[:, numbers.any(axis=0)]       # a parcel without signal is all zeros
         if varying.size:
             offset, std = np.median(np.abs(varying.mean(axis=0))), np.median(varying.std(axis=0))
@@ -647,22 +668,28 @@ def check_recordings(dataset, window=1, num_parcels=None):
 
 def read_target(dataset, column, min_values):
     """A column of numbers, or of text that holds numbers, as float64 [rows], NaN where missing.
-    InputError if it has fewer than min_values different values."""
-    target = np.full(len(dataset), np.nan)
+    InputError if it has fewer than min_values different values; notes on what looks wrong."""
+    where, target = f"{dataset.path}: column {column!r}", np.full(len(dataset), np.nan)
     for row, value in enumerate(read_column(dataset.table, column, dataset.path)):
-        with input_errors(f"{dataset.path}: column {column!r}, row {row} is no finite number"):
+        with input_errors(f"{where}, row {row} must be a finite number"):
             value = value.as_py()
             if str(value).strip().lower() not in ("none", "", "n/a", "na", "nan"):
                 target[row] = float(value)
             if np.isinf(target[row]):
-                raise ValueError(f"found {value!r}")
-    missing = np.isnan(target)
-    if len(np.unique(target[~missing])) < min_values:
-        raise InputError(f"{dataset.path}: column {column!r} has fewer than {min_values} different "
-                         "values")
-    if missing.any():
-        print(f"note: {dataset.path}: {missing.sum()} rows have no {column}: they are neither "
-              "trained on nor scored")
+                raise ValueError(f"got {value!r}")
+    known = target[~np.isnan(target)]
+    values, counts = np.unique(known, return_counts=True)
+    if len(values) < min_values:
+        raise InputError(f"{where} must have at least {min_values} different values")
+    if len(known) < len(target):
+        print(f"note: {dataset.path}: {len(target) - len(known)} rows have no {column}: they are "
+              "neither trained on nor scored")
+    low, high = np.percentile(known, [25, 75]) if len(known) else (0, 0)
+    for value, count in zip(values, counts):
+        far = max(low - value, value - high) > 10 * (high - low) > 0
+        if far and (count > 1 or abs(value) in (888, 999, 9999)):
+            print(f"note: {where} is {value:g} in {count} rows, far from all others: if that means "
+                  "missing, write None")
     return target
 
 # 11. Checkpoints: folders that survive a kill and are Hugging Face Hub repositories ---------------
@@ -682,13 +709,13 @@ def write_atomically(path, content):
         os.replace(temporary, path)
 
 def to_json(content, indent=None):
-    """JSON has no NaN and no infinity: null stands for them."""
+    """JSON has neither NaN nor infinity: both become null."""
     without = json.loads(json.dumps(content), parse_constant=lambda name: None)
     return json.dumps(without, indent=indent) + "\n"
 
 def save_pretrained(model, folder):
     """Write a model as a folder that from_pretrained and the Hugging Face Hub can read."""
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     hub = {"model_class": type(model).__name__, "model_type": "brainlm", "auto_map": {
         "AutoConfig": "brainlm.BrainLMHubConfig", "AutoModel": "brainlm.BrainLMHubModel",
@@ -702,10 +729,11 @@ def save_pretrained(model, folder):
 
 def model_folder(name):
     """A local folder or, downloaded, the repository "user/name" of the Hub."""
-    if Path(name).is_dir():
-        return Path(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
     missing = f"{name}: no such run folder (python brainlm.py pretrain makes one)"
-    if str(name).startswith((".", "/", "~")) or Path(*Path(name).parts[:1]).exists():
+    if str(name).startswith((".", "/", "~")) or Path(*folder.parts[:1]).exists():
         raise InputError(missing)                       # not a name on the Hub either
     with input_errors(f"{missing}, and not downloaded from the Hub (pip install huggingface_hub)"):
         return Path(importlib.import_module("huggingface_hub").snapshot_download(str(name)))
@@ -715,8 +743,11 @@ def load_model(name_or_path, **changes):
     mode. changes: fields of its config to replace, such as mask_ratio."""
     folder = model_folder(name_or_path)
     file = folder / "config.json"
-    with input_errors(f"{file} is missing or not of a BrainLM"):
+    with input_errors(f"Cannot read {file}: expected the config of a BrainLM"):
         saved = json.loads(file.read_text(encoding="utf-8"))
+        if "model_class" not in saved:
+            raise ValueError("it is of another architecture, such as the published ViTMAE, which "
+                             "cannot be loaded")
         settings = {option.name: saved[option.name] for option in fields(BrainLMConfig)}
         model = MODELS[saved["model_class"]](BrainLMConfig(**settings | changes))
     heads = model.config.num_attention_heads
@@ -740,15 +771,15 @@ def from_pretrained(model_class, name_or_path, **changes):
     if model_class is BrainLM:
         return getattr(model, "backbone", model)
     if not isinstance(model, BrainLMRegressor):
-        raise InputError(f"{name_or_path} holds no BrainLMRegressor: python brainlm.py finetune "
-                         "makes one")
+        raise InputError(f"{name_or_path} holds no BrainLMRegressor (python brainlm.py finetune "
+                         "makes one)")
     return model
 
 MODELS = {"BrainLM": BrainLM, "BrainLMRegressor": BrainLMRegressor}
 BrainLM.save_pretrained = BrainLMRegressor.save_pretrained = save_pretrained
 BrainLM.from_pretrained = BrainLMRegressor.from_pretrained = classmethod(from_pretrained)
 
-# 12. What a trained model does --------------------------------------------------------------------
+# 12. Methods of a trained BrainLM -----------------------------------------------------------------
 
 @torch.no_grad()
 def forecast(model, signal, xyz, num_timepoints):
@@ -756,8 +787,7 @@ def forecast(model, signal, xyz, num_timepoints):
     masked one, predict it, append the prediction; no window is longer than in training."""
     P, T = model.config.timepoint_patching_size, model.config.num_timepoints_per_voxel
     if signal.shape[1] < P:
-        raise InputError(f"forecast needs at least {P} timepoints, a patch, to continue (got "
-                         f"{signal.shape[1]})")
+        raise InputError(f"A forecast needs at least {P} timepoints (got {signal.shape[1]})")
     known = signal
     while known.shape[1] < signal.shape[1] + num_timepoints:
         context = min(known.shape[1] // P * P, max(T - P, P))     # whole patches, room for one
@@ -770,15 +800,16 @@ def forecast(model, signal, xyz, num_timepoints):
 @torch.no_grad()
 def embed(model, signal, xyz):
     """Features for other tools: signal [B, T, V] -> CLS [B, H], which only finetuning with
-    --no-freeze_backbone trains, and the parcels' mean hidden states over time [B, V, H]."""
-    states = model(signal, xyz)[1]                                                   # [B, S, H]
-    return states[:, 0], states[:, 1:].unflatten(1, (-1, signal.shape[2])).mean(dim=1)
+    --no-freeze_backbone trains, and the parcels' hidden states averaged over time [B, V, H]."""
+    hidden_states = model(signal, xyz)[1]                                            # [B, S, H]
+    parcels = hidden_states[:, 1:].unflatten(1, (-1, signal.shape[2]))               # [B, N, V, H]
+    return hidden_states[:, 0], parcels.mean(dim=1)
 
 @torch.no_grad()
 def attention(model, signal, xyz, layer, mask=None):
-    """Attention weights of a layer (0: the first), [B, heads, S, S], rows sum to one. Row 0 is CLS:
-    its columns 1.., unflattened to (N, V), say how much it attends to each token. To look at: it
-    builds the S x S matrix that training avoids."""
+    """Attention weights of a layer (0: the first), [B, heads, S, S]; rows sum to one. Row 0 is CLS:
+    its columns 1.., unflattened to (N, V), say how much it attends to each token. For inspection:
+    it builds the S x S matrix that training avoids."""
     V = signal.shape[2]
     x, position = model.tokens(signal, xyz, mask)
     for earlier in model.layers[:layer]:
@@ -790,12 +821,12 @@ def attention(model, signal, xyz, layer, mask=None):
 
 @torch.no_grad()
 def similarity(model, signal, xyz):
-    """How similar a BrainLM finds two parcels: signal [B, T, V] -> float32 [B, V, V], correlation
-    of hidden states along time, less the parcel's mean state, which depends on its position."""
-    states = model(signal, xyz)[1][:, 1:].float().unflatten(1, (-1, signal.shape[2]))
-    states = states - states.mean(dim=1, keepdim=True)                               # [B, N, V, H]
-    states = F.normalize(states.transpose(1, 2).flatten(2), dim=2)                   # [B, V, N * H]
-    return states @ states.mT
+    """Similarity of parcels: signal [B, T, V] -> float32 [B, V, V], the correlation of their hidden
+    states along time, without each parcel's mean, which depends on its position."""
+    parcels = model(signal, xyz)[1][:, 1:].float().unflatten(1, (-1, signal.shape[2]))
+    parcels = parcels - parcels.mean(dim=1, keepdim=True)                            # [B, N, V, H]
+    parcels = F.normalize(parcels.transpose(1, 2).flatten(2), dim=2)                 # [B, V, N * H]
+    return parcels @ parcels.mT
 
 BrainLM.forecast, BrainLM.embed = forecast, embed
 BrainLM.attention, BrainLM.similarity = attention, similarity
@@ -805,15 +836,15 @@ BrainLM.attention, BrainLM.similarity = attention, similarity
 ALPHAS = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)    # regularisation, times the mean variance
 HORIZONS = (1, 2, 3, 5, 10, 20)                     # timepoints ahead
 MAX_BASELINE_ROWS = 500                             # training recordings to fit a baseline to
-MAX_WINDOWS = 200                                   # windows or recordings to evaluate on, at most
-MAX_WINDOWS_WHILE_TRAINING = 20
+MAX_WINDOWS = 200                                   # windows to evaluate on
+MAX_WINDOWS_WHILE_TRAINING = 20                     # windows or recordings
 
 @dataclass
 class Data:
     """What a model is trained and evaluated on."""
     xyz: torch.Tensor                           # [V, 3] in mm, on the model's device
     networks: list                              # V names, None for a parcel without one
-    train: RecordingDataset
+    train: RecordingDataset                     # None: evaluate without baselines
     val: RecordingDataset
     batch_size: int = 8                         # windows to evaluate at once
     autocast: Callable = contextlib.nullcontext  # makes the context of a batch: bfloat16, or none
@@ -869,16 +900,16 @@ def sums(samples):
     return len(samples), samples.sum(axis=0), samples.T @ samples
 
 def conditional_mean(mean, covariance, observed, target, alpha):
-    """What to expect of the target entries of a normally distributed vector, given the observed
-    ones, is mean_t + C_to (C_oo + alpha)^-1 (x_o - mean_o). observed, target: indices. Returns it
-    as weights [observed, target] and intercept [target]."""
+    """Expected target entries of a normally distributed vector, given the observed entries:
+    mean_t + C_to (C_oo + alpha)^-1 (x_o - mean_o). observed, target: indices. Returns it as weights
+    [observed, target] and intercept [target]."""
     variance = max(covariance.diagonal().mean(), 1e-12)     # 0 where all is constant
     regularised = covariance[np.ix_(observed, observed)] + alpha * variance * np.eye(len(observed))
     weights = np.linalg.solve(regularised, covariance[np.ix_(observed, target)])
     return weights, mean[target] - mean[observed] @ weights
 
 class GaussianConditionalMean:
-    """Expects masked parcels from the visible ones at the same timepoint."""
+    """Predicts masked parcels from the visible ones at the same timepoint."""
     name = "Gaussian conditional mean"
 
     def fit(self, dataset):
@@ -893,7 +924,7 @@ class GaussianConditionalMean:
         return unpatchify(patches)
 
 class Persistence:
-    """Forecasts the last time step: a parcel keeps its last value before it."""
+    """Forecasts the last time step: each parcel keeps its last value."""
     name = "persistence"
 
     def fit(self, dataset):
@@ -905,7 +936,7 @@ class Persistence:
         return torch.cat([signal[:, :-P], last.expand(-1, P, -1)], dim=1)
 
 class RidgeAutoregression:
-    """Forecasts the last time step: a parcel's P values from its own P values before them."""
+    """Forecasts the last time step: each patch from the previous patch of the same parcel."""
     name = "ridge autoregression"
 
     def __init__(self, P):
@@ -929,7 +960,7 @@ class RidgeAutoregression:
         return torch.cat([signal[:, :-P].double(), future], dim=1)
 
 class VectorAutoregression:
-    """Forecasts the last time step: all parcels from their last two timepoints, one by one."""
+    """Forecasts the last time step, one timepoint after the other, from the last two timepoints."""
     name = "2-lag vector autoregression"
 
     def fit(self, dataset):
@@ -987,7 +1018,7 @@ def evaluate_reconstruction(model, data):
             baselines = [Persistence(), RidgeAutoregression(P), VectorAutoregression()]
             horizons = [h for h in HORIZONS if h <= P]
         rows = {}
-        for baseline in baselines:
+        for baseline in baselines if data.train else []:
             baseline.fit(data.train)
             by_alpha = []
             for alpha in ALPHAS:                # the best one on these very windows counts
@@ -1006,7 +1037,7 @@ def correlation(signal):
         return np.nan_to_num(np.atleast_2d(np.corrcoef(signal, rowvar=False)))
 
 def knn_accuracy(distance, labels, k=5):
-    """Fraction of V items, distance [V, V], whose k nearest others mostly have their label."""
+    """Fraction of V items, distance [V, V], whose k nearest others mostly share their label."""
     distance = distance + np.diag(np.full(len(distance), np.inf))
     correct = 0
     for row, label in zip(distance, labels):
@@ -1046,40 +1077,41 @@ def evaluate_backbone(model, data):
     return evaluate_reconstruction(model, data) | evaluate_networks(model, data)
 
 def recording_features(model, data, dataset, row):
-    """What the head of a BrainLMRegressor gets of a recording: [fixed windows, 3 * H], float32."""
+    """What the head of a BrainLMRegressor gets of a recording: [fixed windows, 3H], float32."""
     T = model.config.num_timepoints_per_voxel
     signal = dataset.batch(fixed_windows(dataset, [row], T), T)              # [windows, T, V]
     return in_batches(data, lambda signal: model.features(signal, data.xyz), signal)
 
 @torch.no_grad()
 def predict_recordings(model, features):
-    """features: [windows, 3 * H] of each recording -> predictions, means over windows, float64."""
+    """features: [windows, 3H] of each recording -> predictions, means over windows, float64."""
     device = model.feature_mean.device
     return np.array([model.predict(windows.to(device)).double().mean().item()
                      for windows in features])
 
 def regression_scores(prediction, target):
-    """Scores of predictions [n], also Pearson r; of a target of 0 and 1 also AUC and accuracy."""
+    """Scores of predictions [n], also Pearson r; for a target of two values also the accuracy and
+    the AUC of the larger value."""
     covariance = np.mean((prediction - prediction.mean()) * (target - target.mean()))
     with np.errstate(divide="ignore", invalid="ignore"):
         r = covariance / (prediction.std() * target.std())
-    row = scores(prediction, target) | {"r": float(r)}
-    if set(target) == {0, 1}:
-        no, yes = np.sort(prediction[target == 0]), prediction[target == 1]
-        below = (np.searchsorted(no, yes, "left") + np.searchsorted(no, yes, "right")) / 2
-        row["AUC"] = float(below.mean() / len(no))      # fraction of pairs in order, ties half
-        row["accuracy"] = float(((prediction > 0.5) == target).mean())
+    row, values = scores(prediction, target) | {"r": float(r)}, np.unique(target)
+    if len(values) == 2:
+        low, high = np.sort(prediction[target == values[0]]), prediction[target == values[1]]
+        below = (np.searchsorted(low, high, "left") + np.searchsorted(low, high, "right")) / 2
+        row[f"AUC of {values[1]:g}"] = float(below.mean() / len(low))   # ordered pairs, ties half
+        row["accuracy"] = float(((prediction > values.mean()) == (target == values[1])).mean())
     return row
 
 def fit_ridge(features, target):
-    """Ridge regression of target [n] on features [n, F] -> coefficients [F] and intercept. Its
-    regularisation strength is chosen by leaving out one recording at a time."""
+    """Ridge regression of target [n] on features [n, F] -> coefficients [F] and intercept; alpha is
+    the one with the smallest leave-one-out error."""
     center, mean, fits = features.mean(axis=0), target.mean(), []
     gram = (features - center) @ (features - center).T      # dual form: F may be larger than n
     for alpha in np.logspace(-3, 3, 25) * max(gram.diagonal().mean(), 1e-12):
         inverse = np.linalg.inv(gram + alpha * np.eye(len(gram)))
         weights = inverse @ (target - mean)
-        # The error of each recording, predicted from the others; the mean comes from these as well.
+        # The error of each recording, predicted from the others, whose mean differs as well.
         errors = weights / (inverse.diagonal() - 1 / (alpha * len(gram)))
         fits.append((np.square(errors).mean(), alpha, weights))
     coefficients = (features - center).T @ min(fits)[-1]
@@ -1101,17 +1133,18 @@ def evaluate_regression(model, data, features_of, column, target, val_target):
     known = np.flatnonzero(~np.isnan(val_target))
     if len(known) == 0:
         return {}
-    rows = evenly(np.flatnonzero(~np.isnan(target)), MAX_BASELINE_ROWS)
-    train, val = (np.stack([features_of(dataset, row).double().mean(dim=0) for row in some])
-                  for dataset, some in ((data.train, rows), (data.val, known)))      # [rows, 3 * H]
-    std = np.maximum(train.std(axis=0), 1e-6)
-    coefficients, intercept = fit_ridge(train / std, target[rows])
-    methods = {
-        "BrainLM": predict_recordings(model, [features_of(data.val, row) for row in known]),
-        "ridge on BrainLM's features": val / std @ coefficients + intercept,
-        "ridge on functional connectivity":
-            connectivity_ridge(data.train, target, data.val, known),
-        "training mean": np.full(len(known), np.nanmean(target))}
+    methods = {"BrainLM": predict_recordings(model, [features_of(data.val, row) for row in known])}
+    if data.train:
+        rows = evenly(np.flatnonzero(~np.isnan(target)), MAX_BASELINE_ROWS)
+        train, val = (np.stack([features_of(dataset, row).double().mean(dim=0) for row in some])
+                      for dataset, some in ((data.train, rows), (data.val, known)))  # [rows, 3H]
+        std = np.maximum(train.std(axis=0), 1e-6)
+        coefficients, intercept = fit_ridge(train / std, target[rows])
+        methods |= {
+            "ridge on BrainLM's features": val / std @ coefficients + intercept,
+            "ridge on functional connectivity":
+                connectivity_ridge(data.train, target, data.val, known),
+            "training mean": np.full(len(known), np.nanmean(target))}
     return {f"{column}, {len(known)} validation recordings": {
         method: regression_scores(values, val_target[known]) for method, values in methods.items()}}
 
@@ -1128,33 +1161,38 @@ def markdown(tables):
             lines.append(f"| {name:<{width}} |{numbers}")
     return "\n".join(lines)
 
-# 14. Devices and processes ------------------------------------------------------------------------
+# 14. Devices, processes and the data of a command -------------------------------------------------
 
 def torchrun_numbers():
-    """(rank, local rank, world size) of this process, by torchrun; (0, 0, 1) without it."""
+    """(rank, local rank, number of processes) given by torchrun; (0, 0, 1) without it."""
     if dist.is_available() and dist.is_torchelastic_launched():
         return tuple(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    for name in "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE":
+        if int(os.environ.get(name, 1)) > 1:
+            raise InputError(f"{name} is {os.environ[name]}, but every process would train alike: "
+                             "start one task per machine, with torchrun --nproc_per_node=PROCESSES "
+                             "brainlm.py ...")
     return 0, 0, 1
 
 def on_rank_0(function, *arguments):
-    """What a function returns or raises that rank 0 calls, on every rank; the others wait."""
-    rank, _, world_size = torchrun_numbers()
+    """Call a function on rank 0 while the others wait; every rank returns or raises the same."""
+    rank, _, num_processes = torchrun_numbers()
     result = [None]
     if rank == 0:
         try:
             result = [function(*arguments)]
         except (InputError, OSError) as error:
             result = [error]
-    if world_size > 1:
+    if num_processes > 1:
         dist.broadcast_object_list(result)
     if isinstance(result[0], Exception):
         raise result[0]
     return result[0]
 
-def go_on_on_rank_0():
-    """Leave the process group; the other ranks end here."""
-    rank, _, world_size = torchrun_numbers()
-    if world_size > 1:
+def leave_to_rank_0():
+    """End the process group and all processes but rank 0."""
+    rank, _, num_processes = torchrun_numbers()
+    if num_processes > 1:
         dist.destroy_process_group()
     if rank > 0:
         sys.exit()
@@ -1162,16 +1200,16 @@ def go_on_on_rank_0():
 def start_device(args):
     """The device and a function that makes the autocast context of a batch. Under torchrun it
     starts the process group."""
-    _, local_rank, world_size = torchrun_numbers()
+    _, local_rank, num_processes = torchrun_numbers()
     name = args.device
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name
-    with input_errors(f"--device {name}: this machine or this build of torch has none"):
+    with input_errors(f"--device {name} is not available on this machine or in this torch"):
         torch.zeros(1, device=name)
     if name == "cuda":
         torch.cuda.set_device(local_rank)               # which "cuda" means from here on
-    if world_size > 1:
+    if num_processes > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
     mixed = args.dtype == "bfloat16" or args.dtype == "auto" and name == "cuda"
     return torch.device(name), partial(torch.autocast, name, torch.bfloat16, enabled=mixed)
@@ -1179,37 +1217,41 @@ def start_device(args):
 def make_missing_sample_data():
     if not Path("sample_data/train/state.json").exists():              # written last
         print("no ./sample_data yet: making it (python sample_data.py)")
-        with input_errors("no sample_data.py beside brainlm.py: get it, or pass your own datasets"):
+        with input_errors("No sample_data.py beside brainlm.py: get it, or pass your own datasets"):
             importlib.import_module("sample_data").make_sample_data("./sample_data")
 
 def participants_of(dataset):
-    """Who is in a RecordingDataset: its column Subject or, without one, its folder for them all."""
-    if dataset.table.column_names.count("Subject") != 1:
-        return {str(Path(dataset.path).resolve())}
-    return {*map(str, dataset.table["Subject"].to_pylist())} - {"None"}
+    """The participants in a RecordingDataset, by the first column that names them; without one, its
+    folder stands for all."""
+    for name in dataset.table.column_names:
+        if name.lower() in ("subject", "participant_id", "sub", "subject_id"):
+            return {*map(str, dataset.table[name].to_pylist())} - {"None"}
+    return {str(Path(dataset.path).resolve())}
 
 def check_data(data, coords_path, T):
     print("checking every number of the recordings", flush=True)
     check_coordinates(data.xyz, coords_path)
-    for dataset in data.train, data.val:
-        check_recordings(dataset, T, len(data.xyz))
-    both = participants_of(data.train) & participants_of(data.val)
-    if both:
-        print(f"note: {min(both)} ({len(both)} in all) is in the training and in the validation "
-              "data: scores say nothing about new participants")
+    check_recordings(data.val, T, len(data.xyz))
+    if data.train:
+        check_recordings(data.train, T, len(data.xyz))
+        both = participants_of(data.train) & participants_of(data.val)
+        if both:
+            print(f"note: {min(both)} ({len(both)} in all) is in the training and in the "
+                  "validation data: scores say nothing about new participants")
 
 def open_data(args, T):
     """The Data of a command, with windows of T timepoints."""
     device, autocast = start_device(args)
     if args.train_dataset_path == SAMPLE_DATA["train_dataset_path"]:
         on_rank_0(make_missing_sample_data)
-    column = args.recording_col_name
-    data = Data(*read_coordinates(args.coords_dataset_path),
-                RecordingDataset(args.train_dataset_path, column, args.max_train_samples),
-                RecordingDataset(args.val_dataset_path, column, args.max_eval_samples),
+    column, train = args.recording_col_name, None
+    if args.train_dataset_path:
+        train = RecordingDataset(args.train_dataset_path, column, args.max_train_samples)
+    val = RecordingDataset(args.val_dataset_path, column, args.max_eval_samples)
+    data = Data(*read_coordinates(args.coords_dataset_path), train, val,
                 args.per_device_eval_batch_size, autocast)
     on_rank_0(check_data, data, args.coords_dataset_path, T)
-    print(f"data: {len(data.train)} training and {len(data.val)} validation recordings, "
+    print(f"data: {len(train) if train else 'no'} training and {len(val)} validation recordings, "
           f"{len(data.xyz)} parcels, windows of {T}")
     data.xyz = data.xyz.to(device)
     return data
@@ -1221,8 +1263,8 @@ RESULTS = ("README.md", "evaluation.json", "predictions.csv",       # they descr
 FROM_SCRATCH = "start from scratch with --overwrite_output_dir, or choose another --output_dir"
 
 def prepare_folder(args):
-    """Make args.output_dir. Returns the state of a run to be resumed there, None if there is none.
-    InputError where other files or the model to start from would be lost."""
+    """Make args.output_dir. Returns the state of the run to be resumed there, None if there is
+    none. InputError if other files or the model to start from would be lost."""
     folder = Path(args.output_dir)
     if args.model_name_or_path and Path(args.model_name_or_path).resolve() == folder.resolve():
         raise InputError(f"--output_dir {folder} is the same as --model_name_or_path and would "
@@ -1231,7 +1273,7 @@ def prepare_folder(args):
     present = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
     file = folder / "training_state.pt"
     if present and file.name not in present:
-        raise InputError(f"{folder} holds {present[0]}, not a run: choose another --output_dir")
+        raise InputError(f"--output_dir {folder} holds {present[0]}, not a run: choose another")
     if args.overwrite_output_dir:
         for name in RESULTS:
             (folder / name).unlink(missing_ok=True)
@@ -1241,17 +1283,18 @@ def prepare_folder(args):
     return None
 
 def fingerprint(*contents):
-    """A short text that differs where any of the contents, texts or tensors, differs."""
+    """A short text that differs if any of the contents, texts or tensors, differs."""
     digest = hashlib.sha256()
     for content in contents:
         digest.update(content.encode() if isinstance(content, str) else content.cpu().numpy())
     return digest.hexdigest()[:16]
 
 def identity_of(args, model, data):
-    """What must be the same to resume a run, {name: value}. In which folders the data and the first
-    weights are does not matter, nor how many processes share a step."""
-    state = Path(args.train_dataset_path, "state.json").read_text(encoding="utf-8")
-    sizes = [Path(args.train_dataset_path, entry["filename"]).stat().st_size
+    """What must be the same for a run to be resumed, {name: value}. It does not matter in which
+    folders data and initial weights are, nor how many processes share a step."""
+    folder = Path(args.train_dataset_path)
+    state = (folder / "state.json").read_text(encoding="utf-8")
+    sizes = [(folder / entry["filename"]).stat().st_size
              for entry in json.loads(state)["_data_files"]]
     weights = getattr(model, "backbone", model).state_dict().values()
     return asdict(model.config) | {
@@ -1267,19 +1310,18 @@ def identity_of(args, model, data):
         "fingerprint of coords_dataset_path": fingerprint(f"{data.xyz.tolist()}")}
 
 def run_training(args, model, trained, data, num_recordings, batch_loss, validate):
-    """The loop of Part I, and around it resuming, progress, validation and checkpoints. trained:
-    the part of the model that batch_loss(trained, samples, step) -> scalar takes; validate() ->
-    {score: value}. Rank 0 alone returns, the other processes end."""
-    rank, _, world_size = torchrun_numbers()
+    """`train` of Part I, and around it resuming, progress, validation and checkpoints. trained: the
+    part of the model that batch_loss(trained, samples, step) -> scalar trains; validate() ->
+    {score: value}. Returns on rank 0 alone; the other processes end."""
+    rank, _, num_processes = torchrun_numbers()
     folder, device = Path(args.output_dir), data.xyz.device
     training = TrainingConfig(**settings_of(TrainingConfig, args))
-    B, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     optimizers, identity = make_optimizers(model), identity_of(args, model, data)
     windows_per_step = identity["windows per step"]
     num_steps = args.max_steps or math.ceil(
         args.num_train_epochs * num_recordings / windows_per_step)
     first_step, metrics, losses = 0, [], []             # losses: since the last line of metrics
-    state = on_rank_0(prepare_folder, args)             # the only one, maybe, to see the folder
+    state = on_rank_0(prepare_folder, args)             # other machines may not see the folder
     if state:
         with input_errors(f"{folder / 'training_state.pt'} cannot be resumed: {FROM_SCRATCH}"):
             for name, value in identity.items():
@@ -1294,18 +1336,18 @@ def run_training(args, model, trained, data, num_recordings, batch_loss, validat
             raise InputError(f"--max_steps {num_steps}: {folder} has {first_step} steps already")
         print(f"resuming {folder} after step {first_step} of {num_steps}")
         if num_steps != state["num_steps"]:
-            print(f"note: the learning rate now falls to 0 over {num_steps} steps, not over "
+            print(f"note: the learning rate now decays over {num_steps} steps instead of "
                   f"{state['num_steps']}")
-    elif num_steps * windows_per_step < 100:    # 60 parcels: masked R2 .01, as before the first
+    elif num_steps * windows_per_step < 100:    # 60 parcels: masked R2 .01, as without training
         print(f"note: {num_steps} steps are too few to learn much: raise --max_steps")
 
-    def loss_of_samples(trained, step, i):      # every process takes its own part of the samples
-        first = ((step * accumulation + i) * world_size + rank) * B
+    def loss_in_context(trained, samples, step):
         with data.autocast():
-            return batch_loss(trained, range(first, first + B), step)
+            return batch_loss(trained, samples, step)
 
     def save(step):
-        """First training_state.pt, complete: what resumes is always of one step. Then the rest."""
+        """First the complete training_state.pt, so that a run resumes from one step; then the
+        rest."""
         if rank == 0:
             write_atomically(folder / "training_state.pt", {
                 "identity": identity, "step": step, "num_steps": num_steps, "metrics": metrics,
@@ -1317,22 +1359,23 @@ def run_training(args, model, trained, data, num_recordings, batch_loss, validat
             write_atomically(folder / "metrics.jsonl", "".join(metrics))
             model.save_pretrained(folder)
 
-    save(first_step)                            # loadable from the start, whatever happened before
+    save(first_step)                            # from here on the folder can be loaded
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {windows_per_step} "
-          f"windows a step, {world_size} x {device.type}")
+          f"windows per step, {num_processes} x {device.type}")
     getattr(model, "backbone", model).gradient_checkpointing = args.gradient_checkpointing
-    if world_size > 1:
+    if num_processes > 1:
         trained = nn.parallel.DistributedDataParallel(trained)
     started = time.monotonic()
-    for step, loss in train(trained, optimizers, loss_of_samples, training, num_steps, first_step):
+    for step, loss in train(trained, optimizers, loss_in_context, training, num_steps, first_step,
+                            rank, num_processes):
         if rank == 0 and step > first_step and args.eval_steps and step % args.eval_steps == 0:
             row = validate()
             print("  validation  " + "  ".join(f"{name} {row[name]:.4f}" for name in row))
             metrics.append(to_json({"step": step, **row}))
         if step > first_step and step % args.save_steps == 0:
             save(step)
-        loss = torch.tensor(loss, dtype=torch.float64) / world_size
-        if world_size > 1:
+        loss = torch.tensor(loss, dtype=torch.float64) / num_processes
+        if num_processes > 1:
             dist.all_reduce(loss)
         losses.append(loss.item())
         done = step + 1
@@ -1345,25 +1388,25 @@ def run_training(args, model, trained, data, num_recordings, batch_loss, validat
             metrics.append(to_json({"step": done, "loss": mean, "learning_rate": rate}))
             losses.clear()
     save(num_steps)
-    go_on_on_rank_0()
+    leave_to_rank_0()
 
 def report(args, folder, tables):
-    """Print the tables, then leave them in evaluation.json."""
+    """Print the tables, then write evaluation.json."""
     print(markdown(tables), flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    if tables:                                  # none where no recording has a target
+    if tables:                                  # none if no recording has a target
         content = to_json({"args": vars(args), "tables": tables}, indent=2)
         write_atomically(folder / "evaluation.json", content)
 
 def write_model_card(folder, model, dataset, tables):
-    """The README.md of a run folder, which the Hub shows."""
+    """The README.md of a run folder, which the Hub shows. It lists no path and no participant."""
     name = type(model).__name__
     write_atomically(folder / "README.md", f"""---
 tags: [fmri, brainlm]
 ---
 # {name}
 
-Trained on {len(dataset)} recordings of {dataset.num_parcels} parcels (`{dataset.recording_col}`):
+Trained on {len(dataset)} recordings of {dataset.num_parcels} parcels (`{dataset.recording_col}`).
 {markdown(tables)}
 
 `brainlm.{name}.from_pretrained` loads this folder; coordinates.json holds its parcels.
@@ -1371,13 +1414,13 @@ The method: https://openreview.net/forum?id=RwI7ZEfR27
 """)
 
 def write_predictions(folder, dataset, prediction):
-    """predictions.csv: for each recording its row, the dataset's other columns, the prediction. A
-    column of the dataset with one of our names keeps it."""
+    """predictions.csv: for each recording its row, the other columns of the dataset, the
+    prediction. If the dataset has a column of one of these names, both become brainlm_..."""
     others = dataset.table.drop_columns(dataset.recording_col)
     row, name = "row", "prediction"
     if {row, name} & {*others.column_names}:
         row, name = "brainlm_row", "brainlm_prediction"
-    with input_errors(f"{dataset.path}: leave out the column that is no text"):
+    with input_errors(f"{dataset.path}: a column cannot be written as text, leave it out"):
         columns = [column.to_pylist() for column in others.columns]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -1389,7 +1432,7 @@ def write_predictions(folder, dataset, prediction):
 # 16. Commands -------------------------------------------------------------------------------------
 
 def pretrain(args):
-    """Learn to reconstruct masked tokens."""
+    """Learn to reconstruct masked patches."""
     torch.manual_seed(args.seed)
     settings = settings_of(BrainLMConfig, args)
     if args.model_name_or_path:
@@ -1398,14 +1441,11 @@ def pretrain(args):
         model = BrainLM(BrainLMConfig(**settings))
     config = model.config
     data = open_data(args, config.num_timepoints_per_voxel)
-    model.to(data.xyz.device).cls_token.requires_grad_(False)   # no parcel attends to CLS
+    model.to(data.xyz.device).cls_token.requires_grad_(False)   # nothing attends to CLS
     random_mask(1, 1, len(data.xyz), config.mask_ratio)         # InputError if it masks nothing
 
     def batch_loss(model, samples, step):
-        signal, xyz, mask = pretraining_batch(
-            data.train, data.xyz, config, args.seed, samples, step)
-        prediction, _ = model(signal, xyz, mask)
-        return reconstruction_loss(prediction, signal, mask, config.loss_fn)
+        return pretraining_loss(model, data.train, data.xyz, config, args.seed, samples, step)
 
     def validate():
         signal, masks = reconstruction_tasks(data.val, config, MAX_WINDOWS_WHILE_TRAINING)
@@ -1429,32 +1469,31 @@ def finetune(args):
     val_target = read_target(data.val, column, min_values=1)
     target = read_target(data.train, column, min_values=2)
     rows = np.flatnonzero(~np.isnan(target))
-    std = target[rows].std()
+    mean, std = target[rows].mean(), target[rows].std()
 
     torch.manual_seed(args.seed)
-    model = BrainLMRegressor(backbone.config, target[rows].mean(), std).to(data.xyz.device)
+    model = BrainLMRegressor(backbone.config, mean, std).to(data.xyz.device)
     model.backbone.load_state_dict(backbone.state_dict())
     model.backbone.requires_grad_(not args.freeze_backbone)
     for unused in model.backbone.head.weight, model.backbone.head.bias, model.backbone.mask_token:
         unused.requires_grad_(False)
-    features_of = partial(recording_features, model, data)
-    chosen = rows if args.freeze_backbone else evenly(rows, MAX_BASELINE_ROWS)
-    if args.freeze_backbone:                    # a window's features never change: keep them
-        features_of = cache(features_of)
+    features_of, chosen = partial(recording_features, model, data), evenly(rows, MAX_BASELINE_ROWS)
+    if args.freeze_backbone:                    # features never change: compute them once
+        features_of, chosen = cache(features_of), rows
     print(f"computing features of {len(chosen)} training recordings", flush=True)
-    windows = [features_of(data.train, row) for row in chosen]               # [windows, 3 * H] each
-    features = torch.cat(windows).to(data.xyz.device)
+    of_recordings = [features_of(data.train, row) for row in chosen]         # [windows, 3H] each
+    features = torch.cat(of_recordings).to(data.xyz.device)
     model.feature_mean.copy_(features.mean(dim=0))
     model.feature_std.copy_(features.std(dim=0).nan_to_num(1.0).clamp(min=1e-6))
 
-    # With a frozen backbone the MLP trains alone, on the rows of a matrix and on targets like it.
-    features = (features - model.feature_mean) / model.feature_std           # [all windows, 3 * H]
-    targets = np.repeat((target[chosen] - target[rows].mean()) / std, [*map(len, windows)])
+    # With a frozen backbone the MLP alone is trained, on standardised features and targets.
+    features = (features - model.feature_mean) / model.feature_std           # [all windows, 3H]
+    targets = np.repeat((target[chosen] - mean) / std, [len(each) for each in of_recordings])
     targets = torch.tensor(targets, dtype=torch.float32, device=data.xyz.device)     # [all windows]
 
     def mlp_loss(mlp, samples, step):
-        index = [shuffled_index(n, len(features), args.seed) for n in samples]
-        return regression_loss(mlp(features[index]).squeeze(1), targets[index], 1.0)
+        windows = [shuffled_index(n, len(features), args.seed) for n in samples]
+        return regression_loss(mlp(features[windows]).squeeze(1), targets[windows], 1.0)
 
     def loss(model, samples, step):
         windows = [data.train.training_window(n, rows, T, args.seed) for n in samples]
@@ -1467,36 +1506,29 @@ def finetune(args):
         prediction = predict_recordings(model, [features_of(data.val, row) for row in some])
         return regression_scores(prediction, val_target[some])
 
-    if args.freeze_backbone:
-        run_training(args, model, model.mlp, data, len(rows), mlp_loss, validate)
-    else:
-        run_training(args, model, model, data, len(rows), loss, validate)
+    trained, batch_loss = (model.mlp, mlp_loss) if args.freeze_backbone else (model, loss)
+    run_training(args, model, trained, data, len(rows), batch_loss, validate)
     folder = Path(args.output_dir)
-    tables = report_regression(
-        args, folder, model, data, cache(features_of), column, target, val_target)
+    tables = report_regression(args, folder, model, data, features_of, column, target, val_target)
     write_model_card(folder, model, data.train, tables)
     print(f"\nthe model is in {folder}")
 
-def report_regression(args, folder, model, data, features_of, column, target, val_target):
-    """The tables of a BrainLMRegressor, after predictions.csv for all validation recordings."""
-    tables = evaluate_regression(model, data, features_of, column, target, val_target)
-    report(args, folder, tables)
-    features = [features_of(data.val, row) for row in range(len(data.val))]
-    write_predictions(folder, data.val, predict_recordings(model, features))
-    return tables
-
 def evaluate(args):
-    """Score a model on any dataset, beside the baselines, without training."""
-    name = args.model_name_or_path
-    source = model_folder(name)
-    at_home = Path(name if Path(name).is_dir() else f"runs/{name}", "evaluate")
+    """Score a model on any dataset next to baselines, without training."""
+    source = model_folder(args.model_name_or_path)
+    at_home = source / "evaluate"               # but not in the cache of the Hub's downloads
+    if not Path(args.model_name_or_path).is_dir():
+        at_home = Path("runs", args.model_name_or_path, "evaluate")
     folder = Path(args.output_dir or at_home)
     if (folder / "training_state.pt").exists():
-        raise InputError(f"--output_dir {folder} holds what training left: choose another")
+        raise InputError(f"--output_dir {folder} holds a run, which would be overwritten: choose "
+                         "another")
     model = load_model(source, **settings_of(BrainLMConfig, args))
     data = open_data(args, model.config.num_timepoints_per_voxel)
-    go_on_on_rank_0()
+    leave_to_rank_0()
     model.to(data.xyz.device)
+    if not data.train:
+        print("note: without --train_dataset_path there are no baselines")
     if isinstance(model, BrainLM):
         report(args, folder, evaluate_backbone(model, data))
     else:
@@ -1510,12 +1542,21 @@ def evaluate(args):
         if column in data.val.table.column_names:
             val_target = read_target(data.val, column, min_values=0)
         else:
-            print(f"note: {data.val.path} has no column {column!r}: nothing is scored")
-        if not np.isnan(val_target).all():
+            print(f"note: {data.val.path} has no column {column!r}: predictions are not scored")
+        if data.train and not np.isnan(val_target).all():
             target = read_target(data.train, column, min_values=2)
-        features_of = cache(partial(recording_features, model, data))
+        features_of = partial(recording_features, model, data)
         report_regression(args, folder, model, data, features_of, column, target, val_target)
     print(f"\nresults in {folder}; pictures of them: python benchmarks/pictures.py {folder}")
+
+def report_regression(args, folder, model, data, features_of, column, target, val_target):
+    """Tables and predictions.csv of a BrainLMRegressor. Returns the tables."""
+    features_of = cache(features_of)
+    tables = evaluate_regression(model, data, features_of, column, target, val_target)
+    report(args, folder, tables)
+    features = [features_of(data.val, row) for row in range(len(data.val))]
+    write_predictions(folder, data.val, predict_recordings(model, features))
+    return tables
 
 def settings_of(config_class, args):
     """The flags that are fields of a config class, {name: value}."""
@@ -1544,10 +1585,9 @@ def add_fields(group, config_class, **default):
     source = Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
     own = source.partition(f"\nclass {config_class.__name__}:")[2].partition("\n\n")[0]
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", own, re.M))
+    types = {int: number(int, 1), float: number(float, 0, 1), str: str}
     for option in fields(config_class):
-        kind = option.type
-        if kind is not str:
-            kind = number(kind, 0 if kind is float or option.name == "seed" else 1)
+        kind = number(int, 0) if option.name == "seed" else types[option.type]
         group.add_argument(f"--{option.name}", type=kind, **{"default": option.default} | default,
                            help=f"{comments.get(option.name)} (default: {option.default})")
 
@@ -1567,18 +1607,19 @@ def command_line():
         flag("--train_dataset_path", help="training recordings (default: ./sample_data/train)")
         flag("--val_dataset_path", help="validation recordings (default: ./sample_data/val)")
         flag("--coords_dataset_path",
-             help="columns X, Y, Z of each parcel in MNI mm (default: ./sample_data/coords)")
+             help="parcels' X, Y, Z in MNI mm (default: ./sample_data/coords)")
         flag("--recording_col_name", default="Voxelwise_RobustScaler_Normalized_Recording",
-             help="column of recordings, (timepoints, parcels) (default: %(default)s)")
+             help="column of recordings (timepoints, parcels) (default: %(default)s)")
         flag("--max_train_samples", type=number(int, 1), help="use only the first recordings")
         flag("--max_eval_samples", type=number(int, 1), help="use only the first recordings")
-        flag("--model_name_or_path", help="run folder, or user/name on the Hub, to start from")
+        flag("--model_name_or_path", help="run folder, or user/name on the Hub, to start from"
+             + ("" if name == "pretrain" else " (default: ./runs/pretrain)"))
         flag("--output_dir", default=None if name == "evaluate" else f"./runs/{name}",
-             help="folder for what comes out (default: %(default)s; of evaluate, a folder of that "
-                  "name in the run)")
+             help="folder for the results (default: "
+                  + ("evaluate in the run folder)" if name == "evaluate" else "%(default)s)"))
         flag = command.add_argument_group("device").add_argument
         flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
-             help="auto: the fastest there is (default: %(default)s)")
+             help="auto: the fastest available (default: %(default)s)")
         flag("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
              help="auto: bfloat16 on CUDA, float32 elsewhere (default: %(default)s)")
         flag("--per_device_eval_batch_size", type=number(int, 1), default=8,
@@ -1588,10 +1629,10 @@ def command_line():
         if name == "pretrain":                  # what is not given comes from model_name_or_path
             add_fields(group, BrainLMConfig, default=argparse.SUPPRESS)
         else:
-            group.add_argument("--variable_of_interest_col_name", help="column to predict "
-                               "(default: Age.At.MHQ; for evaluate, as in finetuning)")
+            group.add_argument("--variable_of_interest_col_name", help="column to predict (default:"
+                               + (" Age.At.MHQ)" if name == "finetune" else " as finetuned)"))
             group.add_argument("--num_timepoints_per_voxel", type=number(int, 1),
-                               help="timepoints of a window (default: as in pretraining)")
+                               help="timepoints in a window (default: as in pretraining)")
         if name == "evaluate":
             continue
 
@@ -1599,27 +1640,27 @@ def command_line():
         add_fields(group, TrainingConfig)
         flag = group.add_argument
         flag("--num_train_epochs", type=number(float, 0), default=32 if name == "finetune" else 16,
-             help="an epoch is one window of each recording (default: %(default)s)")
-        flag("--max_steps", type=number(int, 1), help="steps of training, instead of epochs")
+             help="epochs, each of one window per recording (default: %(default)s)")
+        flag("--max_steps", type=number(int, 1), help="training steps, instead of epochs")
         flag("--logging_steps", type=number(int, 1), default=10,
              help="steps between lines of progress (default: %(default)s)")
-        flag("--eval_steps", type=number(int, 0), default=50 if name == "finetune" else 200,
+        flag("--eval_steps", type=number(int, 0), default=100 if name == "finetune" else 200,
              help="steps between validations; 0: only at the end (default: %(default)s)")
         flag("--save_steps", type=number(int, 1), default=50,
              help="steps between checkpoints (default: %(default)s)")
-        flag("--overwrite_output_dir", action="store_true", help="start from scratch there")
+        flag("--overwrite_output_dir", action="store_true", help="start from scratch")
         flag("--gradient_checkpointing", action="store_true",
              help="less memory, a third more time")
         if name == "finetune":
             flag("--freeze_backbone", action=argparse.BooleanOptionalAction, default=True,
                  help="train the MLP head alone (default: %(default)s)")
             command.set_defaults(variable_of_interest_col_name="Age.At.MHQ",
-                                 per_device_train_batch_size=8)     # frozen, a window costs little
+                                 per_device_train_batch_size=8)
     return parser
 
 def parse(arguments=None):
-    """The flags of a command. Own recordings must not meet the coordinates or the model of the
-    sample data, which may fit by chance: either all paths are given or none."""
+    """The flags of a command. Either all paths are given or none, since the user's recordings might
+    by chance fit the coordinates or the model of the sample data."""
     parser = command_line()
     args = parser.parse_args(arguments)
     if args.command is None:
@@ -1629,11 +1670,14 @@ def parse(arguments=None):
     if args.command != "pretrain":
         paths["model_name_or_path"] = "./runs/pretrain"
     missing = [name for name in paths if getattr(args, name) is None]
-    if 0 < len(missing) < len(paths):
-        raise InputError(f"Also pass --{', --'.join(missing)}: give all paths, or none to use the "
-                         "sample data")
-    for name in missing:
-        setattr(args, name, paths[name])
+    if len(missing) == len(paths):
+        vars(args).update(paths)
+    elif missing and (args.command, missing) != ("evaluate", ["train_dataset_path"]):
+        raise InputError(f"Also pass --{' and --'.join(missing)}: give all paths, or none to use "
+                         "the sample data")
+    for name in *paths, "output_dir":
+        if getattr(args, name):
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
     return args
 
 def main(arguments=None):
@@ -1651,8 +1695,7 @@ def main(arguments=None):
             print("error:", textwrap.shorten(str(error), 500, placeholder=" ..."), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; without --overwrite_output_dir the same command resumes from the last "
-              "checkpoint", file=sys.stderr)
+        print("\nstopped; the same command resumes from the last checkpoint", file=sys.stderr)
         sys.exit(130)                                   # as shells expect after Ctrl-C
 
 # 17. The Hugging Face Hub: what AutoModel and Trainer use -----------------------------------------
