@@ -74,6 +74,11 @@ class BrainLMConfig:
         if heads < 1 or H % heads or H % 2 or H < P:
             raise InputError(f"hidden_size ({H}) must be even, a multiple of num_attention_heads "
                              f"({heads}) and at least timepoint_patching_size ({P})")
+        if not (0 < self.mask_ratio <= 1 and 0 <= self.forward_mask_prob <= 1):
+            raise InputError(f"mask_ratio ({self.mask_ratio}) and forward_mask_prob "
+                             f"({self.forward_mask_prob}) must be between 0 and 1")
+        if self.loss_fn not in ("mse", "mae"):
+            raise InputError(f"loss_fn must be mse or mae (got {self.loss_fn})")
 
 @dataclass
 class TrainingConfig:
@@ -85,7 +90,10 @@ class TrainingConfig:
 
 # Knobs that have no flag; benchmarks/ablations.py shows what each is worth.
 MAX_GRADIENT_NORM = 1.0        # longer gradients are cut to this: one odd recording moves little
-FORWARD_HIDDEN = 1 / 3         # probability that a forward step hides an earlier temporal token
+FORWARD_MASKED = 1 / 3         # probability that a forward mask in training masks an earlier time
+                               # step too: several forecasts at once
+LEFT_OUT = 2 / 3               # fraction of the parcels to mask that a training step leaves out:
+                               # half of the tokens, so twice the steps in the same time
 
 # 2. Data: folders as datasets.Dataset.save_to_disk of Hugging Face writes them --------------------
 
@@ -178,14 +186,18 @@ class RecordingDataset:
         return torch.from_numpy(signals)
 
     def training_window(self, n, rows, num_timepoints, seed):
-        """(row, start) of the n-th training sample. Each epoch takes a random window of every row,
-        the rows in a new random order."""
-        epoch, i = divmod(n, len(rows))         # the order is drawn anew each time: nothing is kept
-        shuffle = seeded_generator(seed, "order of the rows", epoch)
-        row = int(rows[torch.randperm(len(rows), generator=shuffle)[i]])
+        """(row, start) of the n-th training sample: in each epoch a random window of every row."""
+        row = int(rows[shuffled_index(n, len(rows), seed)])
         num_starts = int(self.lengths[row]) - num_timepoints + 1
         start = torch.randint(num_starts, (), generator=seeded_generator(seed, "window", n))
         return row, int(start)
+
+def shuffled_index(n, count, seed):
+    """Which of `count` items the n-th training sample is: each epoch takes each of them once, in a
+    new random order."""
+    epoch, i = divmod(n, count)                 # the order is drawn each time: nothing is kept
+    order = torch.randperm(count, generator=seeded_generator(seed, "order", epoch))
+    return int(order[i])
 
 # 3. Tokens: what (a patch) + where (its parcel) + when (its place in the window) ------------------
 
@@ -223,7 +235,7 @@ def temporal_encoding(N, hidden_size, device=None):
     angles = place * 100.0 ** exponent                                          # [N, H / 2]
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)         # [N, H]
 
-# 4. Masks: two that hide tokens, for pretraining, and one that says who may read whom -------------
+# 4. Masks: those that hide tokens, for pretraining, and the one that says who attends to whom -----
 
 def random_mask(B, N, V, mask_ratio, generator=None):
     """bool [B, N, V], True = hidden: exactly round(mask_ratio * V) parcels of each patch."""
@@ -241,55 +253,36 @@ def forward_mask(B, N, V):
     mask[:, -1] = True
     return mask
 
-def block_causal_mask(N, V, hidden=None):
-    """Who may read whom (for tests and pictures): bool [S, S], may_read[i, j]: token i token j. The
-    sequence is [CLS, all parcels' tokens of patch 0, all parcels' tokens of patch 1, ...].
-    A parcel's token reads all tokens of its own patch and, of earlier patches, those that `hidden`,
-    bool [N, V], leaves visible: a hidden one brings no signal. It reads no later patch: so one
-    model fills gaps and forecasts. CLS (row 0) reads everything, and no parcel reads CLS
-    (column 0): it knows the future, and would hand that to the past from the second layer on."""
-    block = torch.arange(N).repeat_interleave(V)                # [N * V]: 0 0 0 1 1 1 ... (V = 3)
-    visible = torch.ones(N * V, dtype=torch.bool) if hidden is None else ~hidden.flatten()
-    same, earlier = block[:, None] == block, block[:, None] > block              # [N * V, N * V]
-    may_read = torch.ones(1 + N * V, 1 + N * V, dtype=torch.bool)
-    may_read[1:, 0] = False
-    may_read[1:, 1:] = same | earlier & visible
-    return may_read
+def training_mask(N, V, mask_ratio, forward_mask_prob, generator=None):
+    """bool [1, N, V], a sample's mask: a forward mask with this probability, else a random one."""
+    if torch.rand((), generator=generator) < forward_mask_prob:
+        earlier = torch.rand(1, N, 1, generator=generator) < FORWARD_MASKED
+        return forward_mask(1, N, V) | earlier
+    return random_mask(1, N, V, mask_ratio, generator)
+
+def block_causal_mask(N, V):
+    """Who attends to whom (for tests and pictures): bool [S, S], True where token i (query) attends
+    to token j (key). The sequence is [CLS, all parcels at time step 0, all parcels at 1, ...].
+    A parcel attends to all parcels of its own and of earlier time steps and to no later one: so one
+    model fills gaps and forecasts. CLS (row 0) attends to everything, and no parcel attends to CLS
+    (column 0): it knows the future, and would leak it into the past from the second layer on."""
+    step = torch.arange(N).repeat_interleave(V)                 # [N * V]: 0 0 0 1 1 1 ... (V = 3)
+    attends = torch.ones(1 + N * V, 1 + N * V, dtype=torch.bool)
+    attends[1:, 0] = False
+    attends[1:, 1:] = step[:, None] >= step                     # [N * V, N * V]
+    return attends
 
 # 5. Attention under block_causal_mask, without building it ----------------------------------------
 
-def visible_tokens(mask):
-    """What a mask, bool [B, N, V], leaves visible: where among the N * V parcel tokens, int64
-    [B, K], and how many in each patch, a list of N, the same for all samples, as a tensor needs."""
-    visible = ~mask
-    counts = visible.sum(dim=2)                                                  # [B, N]
-    if len(mask) == 0 or (counts != counts[0]).any():
-        raise InputError("a mask must hide as many parcels of a patch in each sample of a batch")
-    index = visible.flatten(1).nonzero()[:, 1]                                   # [B * K]
-    return index.view(len(mask), int(counts[0].sum())), counts[0].tolist()
-
-def block_causal_attention(q, k, v, V, visible=None):
-    """q, k, v and the result [B, heads, S, D]; visible: as of visible_tokens, None for all. All
-    tokens of a patch read the same tokens: so there is one dense attention for each patch, which
-    the fast kernels take. What nobody may read, 45% to 80% of all pairs, is never computed."""
-    sizes, attend = [1] + [V] * ((q.shape[2] - 1) // V), F.scaled_dot_product_attention
-    q_cls, *q_patches = q.split(sizes, dim=2)            # [B, heads, 1, D], [B, heads, V, D] each
-    outputs = [attend(q_cls, k, v)]
-    if visible is None:                         # what a patch reads is one slice
-        for n, q_n in enumerate(q_patches):
-            stop = 1 + (n + 1) * V
-            outputs.append(attend(q_n, k[:, :, 1:stop], v[:, :, 1:stop]))
-        return torch.cat(outputs, dim=2)
-
-    index, counts = visible
-    index = 1 + index[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])   # [B, heads, K, D]
-    past_k = k.gather(2, index).split(counts, dim=2)     # N of [B, heads, visible in n, D]
-    past_v = v.gather(2, index).split(counts, dim=2)
-    own_k, own_v = k.split(sizes, dim=2)[1:], v.split(sizes, dim=2)[1:]
-    for n, q_n in enumerate(q_patches):
-        k_n = torch.cat([*past_k[:n], own_k[n]], dim=2)
-        v_n = torch.cat([*past_v[:n], own_v[n]], dim=2)
-        outputs.append(attend(q_n, k_n, v_n))
+def block_causal_attention(q, k, v, V):
+    """q, k, v and the result [B, heads, S, D]. All tokens of a time step attend to the same tokens,
+    and these are one slice: so one dense attention per time step, eligible for fused kernels. What
+    the mask forbids, 45% of all pairs for 10 time steps, is never computed."""
+    outputs = [F.scaled_dot_product_attention(q[:, :, :1], k, v)]                # CLS
+    for start in range(1, q.shape[2], V):
+        stop = start + V
+        outputs.append(F.scaled_dot_product_attention(
+            q[:, :, start:stop], k[:, :, 1:stop], v[:, :, 1:stop]))
     return torch.cat(outputs, dim=2)
 
 # 6. Model -----------------------------------------------------------------------------------------
@@ -319,10 +312,10 @@ class Layer(nn.Module):
         return [tensor.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
                 for tensor in (q + position_q, k + position_k, v)]
 
-    def forward(self, x, position, V, visible=None):
+    def forward(self, x, position, V):
         """x [B, S, H], position [S, 2 * H] -> [B, S, H]."""
         q, k, v = self.queries_keys_values(x, position)
-        attended = block_causal_attention(q, k, v, V, visible)                   # [B, heads, S, D]
+        attended = block_causal_attention(q, k, v, V)                            # [B, heads, S, D]
         x = x + self.out(attended.transpose(1, 2).flatten(2))                    # [B, S, H]
         return x + self.down(F.gelu(self.up(self.mlp_norm(x)), approximate="tanh"))
 
@@ -368,36 +361,35 @@ class BrainLM(nn.Module):
     def forward(self, signal, xyz, mask=None):
         """signal float [B, T, V], xyz float [V, 3] in mm, mask bool [B, N, V] (True = hidden) or
         None. Returns the reconstruction [B, T, V] and the states [B, S, H] behind it, CLS first."""
-        V, visible = signal.shape[2], None
+        V = signal.shape[2]
         x, position = self.tokens(signal, xyz, mask)                      # [B, S, H], [S, 2 * H]
-        if mask is not None:                    # once for all layers, on the device of the mask
-            index, counts = visible_tokens(mask.expand(len(signal), -1, -1))
-            visible = index.to(x.device), counts
         for layer in self.layers:
             if self.gradient_checkpointing:     # keep x alone, compute the rest again in backward
-                x = checkpoint(layer, x, position, V, visible, use_reentrant=False)
+                x = checkpoint(layer, x, position, V, use_reentrant=False)
             else:
-                x = layer(x, position, V, visible)
+                x = layer(x, position, V)
         states = self.norm(x)                                                        # [B, S, H]
         patches = self.head(states[:, 1:]).unflatten(1, (-1, V))                     # [B, N, V, P]
         return unpatchify(patches), states                          # [B, T, V], [B, S, H]
 
 # 7. Pretraining: what a step sees, and its loss ---------------------------------------------------
 
-def pretraining_batch(dataset, config, seed, samples, step):
-    """Signal [B, T, V] and mask bool [B, N, V] of the samples with these numbers. The kind of mask
-    is one for the step, in all its batches."""
+def pretraining_batch(dataset, xyz, config, seed, samples, step):
+    """Signal [B, T, W], coordinates [W, 3] and mask bool [B, N, W] of the samples with these
+    numbers, for W of all V parcels: the visible ones and a third of those to mask. Leaving out the
+    others costs little, since a third teaches nearly as much as all, and pays for more steps."""
     T, V = config.num_timepoints_per_voxel, dataset.num_parcels
-    N, B = T // config.timepoint_patching_size, len(samples)
+    N = T // config.timepoint_patching_size
+    num_masked = round(config.mask_ratio * V)
+    num_left_out = int(LEFT_OUT * num_masked)
+    order = torch.randperm(V, generator=seeded_generator(seed, "parcels", step))
+    parcels, W = order[num_left_out:], V - num_left_out
+    ratio = (num_masked - num_left_out) / W
+    mask = torch.cat([training_mask(N, W, ratio, config.forward_mask_prob,
+                                    seeded_generator(seed, "mask", n)) for n in samples])
     windows = [dataset.training_window(n, range(len(dataset)), T, seed) for n in samples]
-    coin = seeded_generator(seed, "kind of mask", step)
-    if torch.rand((), generator=coin) < config.forward_mask_prob:
-        # Some earlier patches too, [N, 1]: several forecasts; alike in all samples, as counts are.
-        mask = forward_mask(B, N, V) | (torch.rand(N, 1, generator=coin) < FORWARD_HIDDEN)
-    else:
-        mask = torch.cat([random_mask(1, N, V, config.mask_ratio,
-                                      seeded_generator(seed, "random mask", n)) for n in samples])
-    return dataset.batch(windows, T), mask                                   # [B, T, V], [B, N, V]
+    signal = dataset.batch(windows, T)[:, :, parcels]                            # [B, T, W]
+    return signal, xyz[parcels.to(xyz.device)], mask
 
 def reconstruction_loss(prediction, signal, mask, loss_fn="mse"):
     """Mean squared ("mse") or absolute ("mae") error over hidden tokens alone: a visible one could
@@ -433,10 +425,14 @@ class BrainLMRegressor(nn.Module):
         cls, parcels = states[:, 0], states[:, 1:]               # [B, H], [B, N * V, H]
         return torch.cat([cls, parcels.mean(dim=1), parcels.std(dim=1, correction=0)], dim=1)
 
-    def forward(self, signal, xyz):
-        features = (self.features(signal, xyz) - self.feature_mean) / self.feature_std
+    def predict(self, features):
+        """Features [B, 3 * H] -> [B], in the target's own units."""
+        features = (features - self.feature_mean) / self.feature_std
         standardised = self.mlp(features.to(self.mlp[0].weight.dtype)).squeeze(1).float()      # [B]
         return standardised * self.target_std + self.target_mean
+
+    def forward(self, signal, xyz):
+        return self.predict(self.features(signal, xyz))
 
 def regression_loss(prediction, target, target_std):
     """Mean squared error, in units of target_std: years and scores train alike. Both are [B]."""
@@ -594,7 +590,7 @@ import sys
 import textwrap
 import time
 from dataclasses import asdict, fields
-from functools import partial
+from functools import cache, partial
 from typing import Callable
 
 import torch.distributed as dist
@@ -783,17 +779,14 @@ def attention(model, signal, xyz, layer, mask=None):
     """Attention weights of a layer (0: the first), [B, heads, S, S], rows sum to one. Row 0 is CLS:
     its columns 1.., unflattened to (N, V), say how much it attends to each token. To look at: it
     builds the S x S matrix that training avoids."""
-    B, T, V = signal.shape
-    N = T // model.config.timepoint_patching_size
-    hidden = torch.zeros(B, N, V, dtype=torch.bool) if mask is None else mask.cpu().expand(B, N, V)
-    index, counts = visible_tokens(hidden)
+    V = signal.shape[2]
     x, position = model.tokens(signal, xyz, mask)
     for earlier in model.layers[:layer]:
-        x = earlier(x, position, V, (index.to(x.device), counts))
+        x = earlier(x, position, V)
     q, k, _ = model.layers[layer].queries_keys_values(x, position)
-    readable = torch.stack([block_causal_mask(N, V, of_sample) for of_sample in hidden])[:, None]
+    attends = block_causal_mask((x.shape[1] - 1) // V, V).to(x.device)
     products = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])             # [B, heads, S, S]
-    return products.masked_fill(~readable.to(x.device), -math.inf).softmax(dim=-1)
+    return products.masked_fill(~attends, -math.inf).softmax(dim=-1)
 
 @torch.no_grad()
 def similarity(model, signal, xyz):
@@ -862,16 +855,18 @@ def in_batches(data, function, *tensors):
 # xyz [V, 3] and mask, bool [B, N, V], that returns a reconstruction [B, T, V]. A BrainLM is one. So
 # are these baselines, each the conditional mean of a normal distribution that is fitted to data.
 
-def moments(dataset, samples_of):
-    """Mean [a] and covariance [a, a] of samples_of(recording [T, V]) -> [n, a]."""
+def moments(dataset, sums_of):
+    """Mean [a] and covariance [a, a] of samples [n, a] from recordings: sums_of(recording [T, V])
+    -> the number of samples, their sum [a] and their products, samples.T @ samples [a, a]."""
     count, total, products = 0, 0.0, 0.0
     for row in evenly(range(len(dataset)), MAX_BASELINE_ROWS):
-        samples = samples_of(dataset.window(row).astype(np.float64))
-        count += len(samples)
-        total = total + samples.sum(axis=0)
-        products = products + samples.T @ samples
+        more = sums_of(dataset.window(row).astype(np.float64))
+        count, total, products = count + more[0], total + more[1], products + more[2]
     mean = total / count
     return mean, products / count - np.outer(mean, mean)
+
+def sums(samples):
+    return len(samples), samples.sum(axis=0), samples.T @ samples
 
 def conditional_mean(mean, covariance, observed, target, alpha):
     """What to expect of the target entries of a normally distributed vector, given the observed
@@ -887,7 +882,7 @@ class GaussianConditionalMean:
     name = "Gaussian conditional mean"
 
     def fit(self, dataset):
-        self.moments = moments(dataset, lambda signal: signal)               # [V], [V, V]
+        self.moments = moments(dataset, sums)                                # [V], [V, V]
 
     def __call__(self, signal, xyz, mask):
         patches = patchify(signal.to(torch.float64, copy=True), signal.shape[1] // mask.shape[1])
@@ -917,10 +912,13 @@ class RidgeAutoregression:
         self.P = P
 
     def fit(self, dataset):
-        def stretches(signal):                                       # [T, V] -> [n, 2 * P]
-            views = np.lib.stride_tricks.sliding_window_view(signal, 2 * self.P, axis=0)
-            return views.reshape(-1, 2 * self.P)
-        self.moments = moments(dataset, stretches)
+        def sums_of_stretches(signal):          # a sample is any 2 * P timepoints of a parcel
+            products = signal @ signal.T                                     # [T, T]
+            stretches = [slice(t, t + 2 * self.P) for t in range(len(signal) - 2 * self.P + 1)]
+            return (len(stretches) * signal.shape[1],
+                    sum(signal[stretch].sum(axis=1) for stretch in stretches),
+                    sum(products[stretch, stretch] for stretch in stretches))
+        self.moments = moments(dataset, sums_of_stretches)                   # [2P], [2P, 2P]
 
     def __call__(self, signal, xyz, mask):
         P = self.P
@@ -936,7 +934,7 @@ class VectorAutoregression:
 
     def fit(self, dataset):
         self.moments = moments(
-            dataset, lambda signal: np.hstack([signal[:-2], signal[1:-1], signal[2:]]))
+            dataset, lambda signal: sums(np.hstack([signal[:-2], signal[1:-1], signal[2:]])))
 
     def __call__(self, signal, xyz, mask):
         (B, T, V), P = signal.shape, signal.shape[1] // mask.shape[1]
@@ -1017,9 +1015,10 @@ def knn_accuracy(distance, labels, k=5):
     return correct / len(labels)
 
 def parcel_distances(model, data):
-    """Distances between parcels, {method: [V, V]}, averaged over windows: by similarity of hidden
+    """Distances of parcels, {method: [V, V]}, averaged over recordings: by similarity of hidden
     states, by functional connectivity, by rows of either (profiles), and by coordinates."""
-    signal = some_windows(data.val, model.config.num_timepoints_per_voxel, MAX_WINDOWS)
+    windows = [(row, 0) for row in evenly(range(len(data.val)), MAX_WINDOWS)]
+    signal = data.val.batch(windows, model.config.num_timepoints_per_voxel)  # [windows, T, V]
     similarity, connectivity = np.zeros((2, len(data.xyz), len(data.xyz)))
     for window in signal.split(1):                                           # [1, T, V] each
         similar = in_batches(data, lambda window: model.similarity(window, data.xyz), window)
@@ -1046,15 +1045,18 @@ def evaluate_backbone(model, data):
     """All tables of a BrainLM, {title: {method: {score: value}}}."""
     return evaluate_reconstruction(model, data) | evaluate_networks(model, data)
 
-def predict_recordings(model, data, rows):
-    """What a BrainLMRegressor predicts for validation recordings, float64 [rows]: the mean over the
-    fixed windows of each."""
-    T, predictions = model.config.num_timepoints_per_voxel, []
-    for row in rows:
-        signal = data.val.batch(fixed_windows(data.val, [row], T), T)        # [windows, T, V]
-        of_windows = in_batches(data, lambda signal: model(signal, data.xyz), signal)
-        predictions.append(of_windows.double().mean().item())
-    return np.array(predictions)
+def recording_features(model, data, dataset, row):
+    """What the head of a BrainLMRegressor gets of a recording: [fixed windows, 3 * H], float32."""
+    T = model.config.num_timepoints_per_voxel
+    signal = dataset.batch(fixed_windows(dataset, [row], T), T)              # [windows, T, V]
+    return in_batches(data, lambda signal: model.features(signal, data.xyz), signal)
+
+@torch.no_grad()
+def predict_recordings(model, features):
+    """features: [windows, 3 * H] of each recording -> predictions, means over windows, float64."""
+    device = model.feature_mean.device
+    return np.array([model.predict(windows.to(device)).double().mean().item()
+                     for windows in features])
 
 def regression_scores(prediction, target):
     """Scores of predictions [n], also Pearson r; of a target of 0 and 1 also AUC and accuracy."""
@@ -1093,16 +1095,23 @@ def connectivity_ridge(train_set, target, val_set, val_rows):
     return np.array([correlation(val_set.window(row))[upper] @ coefficients + intercept
                      for row in val_rows])
 
-def evaluate_regression(prediction, data, column, target, val_target):
-    """{title: {method: {score: value}}} of predictions [rows of data.val] and of baselines, over
-    the recordings with a target; {} if there is none."""
+def evaluate_regression(model, data, features_of, column, target, val_target):
+    """{title: {method: {score: value}}} of a BrainLMRegressor and of baselines, over validation
+    recordings with a target; {} if there is none. features_of(dataset, row): recording_features."""
     known = np.flatnonzero(~np.isnan(val_target))
     if len(known) == 0:
         return {}
-    methods = {"BrainLM": prediction[known],
-               "training mean": np.full(len(known), np.nanmean(target)),
-               "ridge on functional connectivity":
-                   connectivity_ridge(data.train, target, data.val, known)}
+    rows = evenly(np.flatnonzero(~np.isnan(target)), MAX_BASELINE_ROWS)
+    train, val = (np.stack([features_of(dataset, row).double().mean(dim=0) for row in some])
+                  for dataset, some in ((data.train, rows), (data.val, known)))      # [rows, 3 * H]
+    std = np.maximum(train.std(axis=0), 1e-6)
+    coefficients, intercept = fit_ridge(train / std, target[rows])
+    methods = {
+        "BrainLM": predict_recordings(model, [features_of(data.val, row) for row in known]),
+        "ridge on BrainLM's features": val / std @ coefficients + intercept,
+        "ridge on functional connectivity":
+            connectivity_ridge(data.train, target, data.val, known),
+        "training mean": np.full(len(known), np.nanmean(target))}
     return {f"{column}, {len(known)} validation recordings": {
         method: regression_scores(values, val_target[known]) for method, values in methods.items()}}
 
@@ -1257,9 +1266,10 @@ def identity_of(args, model, data):
         "fingerprint of train_dataset_path": fingerprint(state, f"{sizes} {len(data.train)}"),
         "fingerprint of coords_dataset_path": fingerprint(f"{data.xyz.tolist()}")}
 
-def run_training(args, model, data, num_recordings, batch_loss, validate):
-    """The loop of Part I, and around it resuming, progress, validation and checkpoints. batch_loss(
-    model, samples, step) -> scalar loss; validate() -> {score: value}. Rank 0 alone comes back."""
+def run_training(args, model, trained, data, num_recordings, batch_loss, validate):
+    """The loop of Part I, and around it resuming, progress, validation and checkpoints. trained:
+    the part of the model that batch_loss(trained, samples, step) -> scalar takes; validate() ->
+    {score: value}. Rank 0 alone returns, the other processes end."""
     rank, _, world_size = torchrun_numbers()
     folder, device = Path(args.output_dir), data.xyz.device
     training = TrainingConfig(**settings_of(TrainingConfig, args))
@@ -1289,10 +1299,10 @@ def run_training(args, model, data, num_recordings, batch_loss, validate):
     elif num_steps * windows_per_step < 100:    # 60 parcels: masked R2 .01, as before the first
         print(f"note: {num_steps} steps are too few to learn much: raise --max_steps")
 
-    def loss_of_samples(model, step, i):        # every process takes its own part of the samples
+    def loss_of_samples(trained, step, i):      # every process takes its own part of the samples
         first = ((step * accumulation + i) * world_size + rank) * B
         with data.autocast():
-            return batch_loss(model, range(first, first + B), step)
+            return batch_loss(trained, range(first, first + B), step)
 
     def save(step):
         """First training_state.pt, complete: what resumes is always of one step. Then the rest."""
@@ -1311,7 +1321,8 @@ def run_training(args, model, data, num_recordings, batch_loss, validate):
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {windows_per_step} "
           f"windows a step, {world_size} x {device.type}")
     getattr(model, "backbone", model).gradient_checkpointing = args.gradient_checkpointing
-    trained = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+    if world_size > 1:
+        trained = nn.parallel.DistributedDataParallel(trained)
     started = time.monotonic()
     for step, loss in train(trained, optimizers, loss_of_samples, training, num_steps, first_step):
         if rank == 0 and step > first_step and args.eval_steps and step % args.eval_steps == 0:
@@ -1391,8 +1402,9 @@ def pretrain(args):
     random_mask(1, 1, len(data.xyz), config.mask_ratio)         # InputError if it masks nothing
 
     def batch_loss(model, samples, step):
-        signal, mask = pretraining_batch(data.train, config, args.seed, samples, step)
-        prediction, _ = model(signal, data.xyz, mask)
+        signal, xyz, mask = pretraining_batch(
+            data.train, data.xyz, config, args.seed, samples, step)
+        prediction, _ = model(signal, xyz, mask)
         return reconstruction_loss(prediction, signal, mask, config.loss_fn)
 
     def validate():
@@ -1401,7 +1413,7 @@ def pretrain(args):
         return {f"{task}_R2": reconstruction_scores(method, signal, data.xyz, masks[task])["R2"]
                 for task in masks}
 
-    run_training(args, model, data, len(data.train), batch_loss, validate)
+    run_training(args, model, model, data, len(data.train), batch_loss, validate)
     folder, tables = Path(args.output_dir), evaluate_backbone(model, data)
     report(args, folder, tables)
     write_model_card(folder, model, data.train, tables)
@@ -1425,13 +1437,26 @@ def finetune(args):
     model.backbone.requires_grad_(not args.freeze_backbone)
     for unused in model.backbone.head.weight, model.backbone.head.bias, model.backbone.mask_token:
         unused.requires_grad_(False)
-    features = torch.cat([in_batches(data, lambda signal: model.features(signal, data.xyz),
-                                     data.train.batch([(row, 0)], T))
-                          for row in evenly(rows, MAX_BASELINE_ROWS)])       # [rows, 3 * H]
+    features_of = partial(recording_features, model, data)
+    chosen = rows if args.freeze_backbone else evenly(rows, MAX_BASELINE_ROWS)
+    if args.freeze_backbone:                    # a window's features never change: keep them
+        features_of = cache(features_of)
+    print(f"computing features of {len(chosen)} training recordings", flush=True)
+    windows = [features_of(data.train, row) for row in chosen]               # [windows, 3 * H] each
+    features = torch.cat(windows).to(data.xyz.device)
     model.feature_mean.copy_(features.mean(dim=0))
     model.feature_std.copy_(features.std(dim=0).nan_to_num(1.0).clamp(min=1e-6))
 
-    def batch_loss(model, samples, step):
+    # With a frozen backbone the MLP trains alone, on the rows of a matrix and on targets like it.
+    features = (features - model.feature_mean) / model.feature_std           # [all windows, 3 * H]
+    targets = np.repeat((target[chosen] - target[rows].mean()) / std, [*map(len, windows)])
+    targets = torch.tensor(targets, dtype=torch.float32, device=data.xyz.device)     # [all windows]
+
+    def mlp_loss(mlp, samples, step):
+        index = [shuffled_index(n, len(features), args.seed) for n in samples]
+        return regression_loss(mlp(features[index]).squeeze(1), targets[index], 1.0)
+
+    def loss(model, samples, step):
         windows = [data.train.training_window(n, rows, T, args.seed) for n in samples]
         targets = torch.tensor([target[row] for row, _ in windows], dtype=torch.float32)
         prediction = model(data.train.batch(windows, T), data.xyz)
@@ -1439,16 +1464,26 @@ def finetune(args):
 
     def validate():
         some = evenly(np.flatnonzero(~np.isnan(val_target)), MAX_WINDOWS_WHILE_TRAINING)
-        return regression_scores(predict_recordings(model, data, some), val_target[some])
+        prediction = predict_recordings(model, [features_of(data.val, row) for row in some])
+        return regression_scores(prediction, val_target[some])
 
-    run_training(args, model, data, len(rows), batch_loss, validate)
-    prediction = predict_recordings(model, data, range(len(data.val)))
+    if args.freeze_backbone:
+        run_training(args, model, model.mlp, data, len(rows), mlp_loss, validate)
+    else:
+        run_training(args, model, model, data, len(rows), loss, validate)
     folder = Path(args.output_dir)
-    tables = evaluate_regression(prediction, data, column, target, val_target)
-    report(args, folder, tables)
+    tables = report_regression(
+        args, folder, model, data, cache(features_of), column, target, val_target)
     write_model_card(folder, model, data.train, tables)
-    write_predictions(folder, data.val, prediction)
     print(f"\nthe model is in {folder}")
+
+def report_regression(args, folder, model, data, features_of, column, target, val_target):
+    """The tables of a BrainLMRegressor, after predictions.csv for all validation recordings."""
+    tables = evaluate_regression(model, data, features_of, column, target, val_target)
+    report(args, folder, tables)
+    features = [features_of(data.val, row) for row in range(len(data.val))]
+    write_predictions(folder, data.val, predict_recordings(model, features))
+    return tables
 
 def evaluate(args):
     """Score a model on any dataset, beside the baselines, without training."""
@@ -1478,9 +1513,8 @@ def evaluate(args):
             print(f"note: {data.val.path} has no column {column!r}: nothing is scored")
         if not np.isnan(val_target).all():
             target = read_target(data.train, column, min_values=2)
-        prediction = predict_recordings(model, data, range(len(data.val)))
-        report(args, folder, evaluate_regression(prediction, data, column, target, val_target))
-        write_predictions(folder, data.val, prediction)
+        features_of = cache(partial(recording_features, model, data))
+        report_regression(args, folder, model, data, features_of, column, target, val_target)
     print(f"\nresults in {folder}; pictures of them: python benchmarks/pictures.py {folder}")
 
 def settings_of(config_class, args):
@@ -1511,16 +1545,11 @@ def add_fields(group, config_class, **default):
     own = source.partition(f"\nclass {config_class.__name__}:")[2].partition("\n\n")[0]
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", own, re.M))
     for option in fields(config_class):
-        kind, choices = option.type, None
-        if option.name == "loss_fn":
-            choices = ["mse", "mae"]
-        elif option.name in ("mask_ratio", "forward_mask_prob"):
-            kind = number(float, 0, 1)
-        else:
+        kind = option.type
+        if kind is not str:
             kind = number(kind, 0 if kind is float or option.name == "seed" else 1)
-        group.add_argument(f"--{option.name}", type=kind, choices=choices,
-                           help=f"{comments.get(option.name)} (default: {option.default})",
-                           **{"default": option.default} | default)
+        group.add_argument(f"--{option.name}", type=kind, **{"default": option.default} | default,
+                           help=f"{comments.get(option.name)} (default: {option.default})")
 
 def command_line():
     parser = OneLineParser(
@@ -1569,7 +1598,7 @@ def command_line():
         group = command.add_argument_group("training")
         add_fields(group, TrainingConfig)
         flag = group.add_argument
-        flag("--num_train_epochs", type=number(float, 0), default=16 if name == "finetune" else 8,
+        flag("--num_train_epochs", type=number(float, 0), default=32 if name == "finetune" else 16,
              help="an epoch is one window of each recording (default: %(default)s)")
         flag("--max_steps", type=number(int, 1), help="steps of training, instead of epochs")
         flag("--logging_steps", type=number(int, 1), default=10,
@@ -1675,7 +1704,7 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
 
         def forward(self, signal, xyz, mask=None, labels=None, return_dict=None, **others):
             """xyz [V, 3] or, for what splits batches, the same B times. labels add a loss: the
-            signal itself, over what the mask hides (without one: a random mask's tokens); for a
+            signal itself, over masked tokens (without a mask, drawn as in pretraining); for a
             regressor the target, [B]. others: what pipelines and Trainer also pass."""
             loss = states = None
             xyz = xyz.reshape(-1, *xyz.shape[-2:])                       # [B or 1, V, 3]
@@ -1686,9 +1715,12 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
                 if labels is not None:
                     loss = regression_loss(prediction, labels.flatten(), self.model.target_std)
             else:
-                if mask is None and labels is not None:
+                if mask is None and labels is not None:     # in evaluation always the same masks
+                    seed = int(torch.randint(2 ** 31, ())) if self.training else 0
                     N = signal.shape[1] // self.config.timepoint_patching_size
-                    mask = random_mask(len(signal), N, len(xyz[0]), self.config.mask_ratio)
+                    mask = torch.cat([training_mask(
+                        N, len(xyz[0]), self.config.mask_ratio, self.config.forward_mask_prob,
+                        seeded_generator(seed, "mask", i)) for i in range(len(signal))])
                 prediction, states = self.model(signal, xyz[0], mask)    # [B, T, V], [B, S, H]
                 if labels is not None:
                     loss = reconstruction_loss(prediction, labels, mask, self.config.loss_fn)
