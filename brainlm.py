@@ -1491,7 +1491,7 @@ def evaluate(args):
     source = model_folder(name)
     at_home = Path(name if Path(name).is_dir() else f"runs/{name}", "evaluate")
     folder = Path(args.output_dir or at_home)
-    if (folder / "training_state.pt").exists():
+    if (folder / "training_state.pt").exists() or folder.resolve() == source.resolve():
         raise InputError(f"--output_dir {folder} holds what training left: choose another")
     model = load_model(source, **settings_of(BrainLMConfig, args))
     data = open_data(args, model.config.num_timepoints_per_voxel)

@@ -758,7 +758,7 @@ def test_a_run_folder_goes_to_the_hub_and_back_bit_for_bit(uninterrupted, tmp_pa
     assert same_outputs(backbone, getattr(ours, "backbone", ours), *inputs)
 
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
-def test_a_model_of_the_hub_does_all_that_trainer_and_others_ask(uninterrupted, command):
+def test_a_model_of_the_hub_does_all_that_trainer_asks(uninterrupted, monkeypatch, command):
     folder, (signal, xyz) = uninterrupted[command], tiny_input(T=T, V=V)
     auto, module = hub_class(folder)
     (theirs, info), ours = auto(folder, output_loading_info=True), load(folder)
@@ -770,12 +770,12 @@ def test_a_model_of_the_hub_does_all_that_trainer_and_others_ask(uninterrupted, 
     else:
         labels, (expected, states) = signal, ours(signal, xyz)
         assert torch.equal(plain.hidden_states, states)
-        torch.manual_seed(1)                            # of the mask that is drawn if none is given
-        mask = random_mask(2, T // P, V, ours.config.mask_ratio)
+        mask = torch.cat([brainlm.training_mask(
+            T // P, V, ours.config.mask_ratio, ours.config.forward_mask_prob,
+            brainlm.seeded_generator(0, "mask", i)) for i in range(2)])     # the same each time
         loss = reconstruction_loss(ours(signal, xyz, mask)[0], signal, mask, ours.config.loss_fn)
         assert theirs(signal, xyz, mask=mask, labels=labels).loss == loss
     assert plain.loss is None and torch.equal(plain.logits, expected)
-    torch.manual_seed(1)
     more = {"num_items_in_batch": 2, "output_hidden_states": True, "output_attentions": False}
     assert theirs(signal, xyz, labels=labels, return_dict=False, **more)[0] == loss
     half = auto(folder, dtype=torch.bfloat16)
@@ -792,6 +792,10 @@ def test_a_model_of_the_hub_does_all_that_trainer_and_others_ask(uninterrupted, 
     assert torch.equal(theirs(signal, xyz.expand(2, -1, -1)).logits, expected)   # as DataParallel
     with pytest.raises(module.InputError, match="a batch must be of one atlas"):
         theirs(signal, torch.stack([xyz, xyz + 1]))
+    if command == "pretrain":                           # in training, both kinds of masks
+        forwards = spy(monkeypatch, module, "forward_mask")
+        losses = {theirs.train()(signal, xyz, labels=labels).loss.item() for _ in range(20)}
+        assert len(losses) > 10 and 3 < len(forwards) < 25
 
 def test_what_neither_a_folder_nor_the_hub_has_is_refused_in_one_line(data, tmp_path, monkeypatch):
     Path("runs").mkdir()
