@@ -1520,7 +1520,7 @@ def evaluate(args):
     if not Path(args.model_name_or_path).is_dir():
         at_home = Path("runs", args.model_name_or_path, "evaluate")
     folder = Path(args.output_dir or at_home)
-    if (folder / "training_state.pt").exists():
+    if (folder / "training_state.pt").exists() or folder.resolve() == source.resolve():
         raise InputError(f"--output_dir {folder} holds a run, which would be overwritten: choose "
                          "another")
     model = load_model(source, **settings_of(BrainLMConfig, args))
