@@ -8,11 +8,13 @@
 """
 import argparse
 import contextlib
+import csv
 import gzip
 import hashlib
 import inspect
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -34,36 +36,44 @@ HF_NAMES = {pa.string(): "string", pa.bool_(): "bool", pa.null(): "null",
             **{pa.from_numpy_dtype(name): name for name in NUMERIC}}
 
 def write_dataset(folder, columns):
-    """Write `columns`, a dict of name -> one value per row, as save_to_disk of `datasets` does.
+    """Write a dataset in the layout of `datasets.Dataset.save_to_disk`.
 
-    A column of arrays (timepoints, parcels), of numpy, torch or pandas, keeps its dtype; lengths
-    may differ. Any other holds strings, ints, floats or bools; None, NaN or masked is missing. An
-    older dataset in `folder` is replaced, and only once the new one is complete; by one at a time.
+    `columns` is a dict of name -> one value per row, or an iterable of rows, each a dict of name ->
+    value, of which only one is held in memory at a time. Values are arrays (timepoints, parcels) of
+    numpy, torch or pandas, whose dtype is kept and whose lengths may differ, or strings, ints,
+    floats or bools; None, NaN and masked values are missing. An older dataset in `folder` is
+    replaced once the new one is complete. Only one process at a time may write to a folder.
     """
-    folder = Path(folder).resolve()
-    columns = {name: [as_numpy(value) for value in as_numpy(values)]
-               for name, values in columns.items()}
-    lengths = {name: len(values) for name, values in columns.items()}
-    if len({*lengths.values()}) != 1 or 0 in lengths.values():
-        raise ValueError(f"need columns of one length, of 1 or more, found {lengths}")
+    folder = Path(folder).expanduser().resolve()
     present = os.listdir(folder) if folder.exists() else []
     if present and "state.json" not in present:
         raise ValueError(f"{folder} holds {present[0]} and is no dataset: will not replace it")
-    types = {name: column_type(name, values) for name, values in columns.items()}
-    features = {name: hf_feature(type_) for name, type_ in types.items()}
-    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    schema = pa.schema(list(types.items()), metadata)
+    folder.parent.mkdir(parents=True, exist_ok=True)
 
     # Written beside its place and renamed when complete: one that is killed leaves no half there.
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+    with (tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside,
+          open(Path(beside, "arrays"), "w+b") as disk):
+        if not hasattr(columns, "items"):
+            columns = columns_of([{name: on_disk(value, disk) for name, value in row.items()}
+                                  for row in columns])
+        columns = {name: [*as_numpy(values)] for name, values in columns.items()}
+        lengths = {name: len(values) for name, values in columns.items()}
+        if len({*lengths.values()}) != 1 or 0 in lengths.values():
+            raise ValueError(f"need columns of one length, of 1 or more, found {lengths}")
+        types = {name: column_type(name, values) for name, values in columns.items()}
+        features = {name: hf_feature(type_) for name, type_ in types.items()}
+        metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+        schema = pa.schema(list(types.items()), metadata)
         new, shard = Path(beside, "new"), "data-00000-of-00001.arrow"
         new.mkdir()
         with pa.ipc.new_stream(new / shard, schema) as stream:
             for i in range(0, max(lengths.values()), 16):
                 batch = [column_values(columns[name][i:i + 16], types[name]) for name in types]
                 stream.write_batch(pa.record_batch(batch, schema=schema))
-        content = hashlib.sha256(pa.memory_map(str(new / shard)).read_buffer())
+        content = hashlib.sha256()
+        with open(new / shard, "rb") as file:
+            while chunk := file.read(2 ** 20):
+                content.update(chunk)
         state = {"_data_files": [{"filename": shard}],
                  "_fingerprint": content.hexdigest()[:16],  # `datasets` names its cache after this
                  "_format_columns": None, "_format_kwargs": {}, "_format_type": None,
@@ -73,6 +83,24 @@ def write_dataset(folder, columns):
         if folder.exists():
             folder.rename(Path(beside, "old"))
         new.rename(folder)
+
+def columns_of(rows):
+    """Rows, dicts of name -> value, as a dict of name -> values; None where a row has no value."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+def on_disk(value, file):
+    """An array as a function that reads it back from an open file; any other value as it is."""
+    value = as_numpy(value)
+    if not isinstance(value, np.ndarray):
+        return value
+    start = file.seek(0, os.SEEK_END)
+    np.save(file, value)
+
+    def read():
+        file.seek(start)
+        return np.load(file)
+    return read
 
 @contextlib.contextmanager
 def naming(what):
@@ -86,7 +114,9 @@ def naming(what):
         raise ValueError(f"{what}: {told}") from None
 
 def as_numpy(value):
-    """What torch, on any device, pandas or numpy.ma hold as numpy array; all else as it is."""
+    """Values of torch, pandas, numpy.ma and `on_disk` as numpy arrays; all others as they are."""
+    if callable(value):
+        return value()
     if isinstance(value, np.ma.MaskedArray):
         if value.ndim < 2:
             return value.tolist()  # None where masked
@@ -97,15 +127,17 @@ def as_numpy(value):
 
 def column_type(name, values):
     """Arrow type, found from the whole column: a batch of it could hold nothing but None."""
-    if any(isinstance(value, np.ndarray) for value in values):
-        for row, value in enumerate(values):
+    first = next((value for value in map(as_numpy, values) if value is not None), None)
+    if isinstance(first, np.ndarray):
+        for row, value in enumerate(map(as_numpy, values)):
             shape, dtype = getattr(value, "shape", ()), getattr(value, "dtype", None)
             usable = len(shape) == 2 and 0 not in shape and dtype.name in NUMERIC
-            if not usable or dtype != values[0].dtype:
+            if not usable or dtype != first.dtype:
                 raise ValueError(f"column {name!r}, row {row} is {dtype} of shape {shape}: need "
                                  "arrays (timepoints, parcels) of one numeric dtype")
-        return pa.list_(pa.list_(pa.from_numpy_dtype(values[0].dtype.name)))
+        return pa.list_(pa.list_(pa.from_numpy_dtype(first.dtype.name)))
     with naming(f"column {name!r}"):
+        values = [as_numpy(value) for value in values]
         type_ = pa.array(values, from_pandas=True).type  # NaN among strings is a missing one
     if type_ not in HF_NAMES:
         raise ValueError(f"column {name!r} holds {type_}: need 2-D arrays, strings or numbers")
@@ -113,6 +145,7 @@ def column_type(name, values):
 
 def column_values(values, type_):
     """One batch of a column as an Arrow array."""
+    values = [as_numpy(value) for value in values]
     if not pa.types.is_list(type_):
         return pa.array(values, type_, from_pandas=True)
     dtype = HF_NAMES[type_.value_type.value_type]
@@ -188,11 +221,10 @@ def make_sample_data(output_dir, num_train=100, num_val=20, num_parcels=424, num
         "Index": list(range(num_parcels)), **dict(zip("XYZ", brain["xyz"].T)),
         "Network": brain["network"]})
     for stream, split, count in (2, "val", num_val), (1, "train", num_train):  # train goes last
-        people = [make_person(brain, num_timepoints, np.random.default_rng([seed, stream, i]))
-                  for i in range(count)]
-        write_dataset(Path(output_dir, split), {
-            "Subject": [f"{split}-{i:04d}" for i in range(count)],
-            **{name: [person[name] for person in people] for name in people[0]}})
+        write_dataset(Path(output_dir, split), (
+            {"Subject": f"{split}-{i:04d}",
+             **make_person(brain, num_timepoints, np.random.default_rng([seed, stream, i]))}
+            for i in range(count)))
     print(f"wrote {output_dir}/{{train,val,coords}}: {num_train} + {num_val} synthetic recordings "
           f"of {num_timepoints} timepoints x {num_parcels} parcels")
 
@@ -290,74 +322,94 @@ def surrogate(recordings, rng):
         mixture = mixture + share * np.fft.irfft(waves * turns, num_timepoints, axis=0)
     return mixture.astype(np.float32)
 
-# Files of your own: right, or refused in one line -------------------------------------------------
+# Files of your own --------------------------------------------------------------------------------
 
 FORMATS = ".tsv .csv .txt .1D .npy .ptseries.nii"  # in any case, each with or without .gz
 FORMAT = re.compile(rf"({'|'.join(map(re.escape, FORMATS.split()))})(\.gz)?$", re.IGNORECASE)
-BIDS = "^(sub-[0-9A-Za-z]+)(_(?!sub-)[a-z]+-[^_]+)*(_[a-z]+[0-9]?)?$"  # person, entities, suffix
+BIDS = "^(sub-[0-9A-Za-z]+)(_(?!sub-)[a-z]+-[^_]+)*(_[a-z]+[0-9]?)?$"  # subject, entities, suffix
 XCP_D = {"network_label": "network", "roi name": "label"}  # what its atlases call these columns
+MISSING = "", "n/a", "na", "nan", "null", "none"  # a cell without a value, in any case
+MISSING_CODES = 99, 777, 888, 999, 8888, 9999  # and their negatives: often in place of n/a
 WINDOW, PATCH, FEW = 200, 20, 50  # of brainlm.py: timepoints; recordings for 200 steps in 8 epochs
 
 def make_files_data(input_dir, coords, participants, output_dir, pattern, subject_pattern, header,
                     val_share, min_timepoints, tr, seed):
     """Write {train,val,coords} from files of (timepoints, parcels) each; arguments as the flags."""
-    if not 0 < val_share < 1 or min_timepoints < PATCH or tr is not None and not tr > 0:
-        raise ValueError(f"--val_share is {val_share}, --min_timepoints {min_timepoints}, --tr "
-                         f"{tr}: need a share between 0 and 1, {PATCH} or more, more than 0")
+    if not 0 < val_share < 1:
+        raise ValueError(f"--val_share must be between 0 and 1 (got {val_share})")
+    if min_timepoints < PATCH:
+        raise ValueError(f"--min_timepoints must be at least {PATCH} (got {min_timepoints})")
+    if tr is not None and not tr > 0:
+        raise ValueError(f"--tr must be above 0 seconds (got {tr})")
+    input_dir, coords, output_dir, participants = (
+        path and Path(path).expanduser() for path in (input_dir, coords, output_dir, participants))
     with naming(coords):
-        parcels, labellings = read_parcels(Path(coords))
+        parcels, labellings = read_parcels(coords)
     with naming(participants):
-        people = read_participants(Path(participants)) if participants else {}
-    files = find_files(Path(input_dir), pattern, [coords, participants or coords])
-    rows, short, strangers, first = [], [], 0, None
-    for file, subject, session in [*find_people(files, input_dir, subject_pattern)]:
-        with naming(file):
-            names, series = read_series(file, header, labellings, len(parcels["X"]))
-            first = first or (file, names)
-            if not labellings and names != first[1]:
-                raise ValueError(f"columns are named {listed(names)}, in {first[0]} "
-                                 f"{listed(first[1])}: need one order, or labels in {coords}")
-            if len(series) < min_timepoints:
-                short.append(str(len(series)))
-            elif (recording := cleaned(series, file)) is not None:
-                said = said_of(people.get(plain(subject), []), session)
-                strangers += said is None
-                rows.append({**(said or {}), "Subject": subject, "File": str(file),
-                             **({"TR": tr} if tr else {}), RECORDING_COL: recording})
+        table = read_participants(participants) if participants else {}
+    files = find_files(input_dir, pattern, [coords, participants or coords])
+    subjects = find_subjects(files, input_dir, subject_pattern)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=output_dir.parent) as disk:
+        rows, lengths, short, strangers, first, trs = [], [], [], 0, None, Counter()
+        for file, subject, session in subjects:
+            with naming(file):
+                names, series, file_tr = read_series(file, header, labellings, len(parcels["X"]))
+                first = first or (file, names)
+                if not labellings and names != first[1]:
+                    raise ValueError(f"columns are named {listed(names)}, in {first[0]} "
+                                     f"{listed(first[1])}: need one order, or labels in {coords}")
+                if len(series) < min_timepoints:
+                    short.append(str(len(series)))
+                elif (recording := cleaned(series, file)) is not None:
+                    said = said_of(table.get(plain(subject), []), session)
+                    strangers += said is None
+                    trs[file_tr] += 1
+                    row = {**(said or {}), "Subject": subject, "File": str(file)}
+                    if file_tr or tr:
+                        row["TR"] = file_tr or tr
+                    rows.append({**row, RECORDING_COL: on_disk(recording, disk)})
+                    lengths.append(len(recording))
 
-    subjects = sorted({row["Subject"] for row in rows})
-    told = (f"{len(files)} files fit --pattern {pattern!r}, {len(short)} are shorter than "
-            f"--min_timepoints {min_timepoints} ({listed(short)}), {len(rows)} are used, of "
-            f"{len(subjects)} people ({listed(subjects)})")
-    if len(subjects) < 2:
-        raise ValueError(f"{told}: need two people, to train and to validate on")
-    print(told)
-    if subject_pattern and len(subjects) >= len(rows) - 1:
-        print(f"note: --subject_pattern finds {len(subjects)} people in {len(rows)} files: right?")
-    if participants:
-        absent = sorted(people.keys() - {plain(subject) for subject in subjects})
-        told = (f"{participants}: {strangers} of {len(rows)} recordings have no row there, "
-                f"{len(absent)} of {len(people)} people no recording ({listed(absent)})")
-        if strangers == len(rows):
-            raise ValueError(told)
-        print(told)
+        used = sorted({row["Subject"] for row in rows})
+        report = (f"{len(files)} files fit --pattern {pattern!r}, {len(short)} are shorter than "
+                  f"--min_timepoints {min_timepoints} ({listed(short)}), {len(rows)} are used, of "
+                  f"{len(used)} participants ({listed(used)})")
+        if len(used) < 2:
+            raise ValueError(f"{report}: need two participants, to train and to validate on")
+        print(report)
+        if subject_pattern and len(used) >= len(rows) - 1:
+            print(f"note: --subject_pattern finds {len(used)} participants in {len(rows)} files: "
+                  "right?")
+        if len({each or tr for each in trs} | {tr or next(iter(trs))}) > 1:
+            found = ", ".join(f"{each or 'unknown'} in {trs[each]} files" for each in trs)
+            print(f"note: the TRs differ: --tr is {tr}, by the headers it is {found}. Column TR "
+                  "holds the header's; the model does not know the TR, so use files of one TR")
+        if first[1] and not labellings:
+            print(f"note: no column of {coords} names the parcels: they are taken to be in the "
+                  f"order of the columns in the files ({listed(first[1])})")
+        if participants:
+            absent = sorted(table.keys() - {plain(subject) for subject in used})
+            report = (f"{participants}: {strangers} of {len(rows)} recordings have no row there, "
+                      f"{len(absent)} of {len(table)} participants no recording ({listed(absent)})")
+            if strangers == len(rows):
+                raise ValueError(report)
+            print(report)
 
-    # All recordings of a person go into one split.
-    num_val = min(max(1, round(val_share * len(subjects))), len(subjects) - 1)
-    in_val = np.random.default_rng(seed).permutation(subjects)[:num_val]
-    write_dataset(Path(output_dir, "coords"), parcels)
-    names = max(rows, key=len)  # of a row that has the participants' columns
-    of_split = {"val": [row for row in rows if row["Subject"] in in_val],
-                "train": [row for row in rows if row["Subject"] not in in_val]}
-    for split, chosen in of_split.items():
-        columns = {name: [row.get(name) for row in chosen] for name in names}
-        write_dataset(Path(output_dir, split), columns)
+        # All recordings of a participant go into one split.
+        num_val = min(max(1, round(val_share * len(used))), len(used) - 1)
+        in_val = {*np.random.default_rng(seed).permutation(used)[:num_val]}
+        write_dataset(output_dir / "coords", parcels)
+        blank = dict.fromkeys(name for row in rows for name in row)
+        for split in "val", "train":
+            chosen = [blank | row for row in rows if (row["Subject"] in in_val) == (split == "val")]
+            write_dataset(output_dir / split, columns_of(chosen))
     program = shlex.quote(os.path.relpath(Path(__file__).with_name("brainlm.py")))
-    data = shlex.quote(str(Path(output_dir)))
-    window = min(WINDOW, min(len(row[RECORDING_COL]) for row in rows) // PATCH * PATCH)
-    steps = "--max_steps 200 " if len(of_split["train"]) < FEW else ""
-    print(f"wrote {output_dir}/{{train,val,coords}}: {len(subjects) - num_val} + {num_val} people. "
-          f"Next:\n\npython {program} pretrain --train_dataset_path {data}/train "
+    data = shlex.quote(str(output_dir))
+    window = min(WINDOW, min(lengths) // PATCH * PATCH)
+    steps = "--max_steps 200 " if len(chosen) < FEW else ""
+    print(f"wrote {output_dir}/{{train,val,coords}}: {len(used) - num_val} + {num_val} "
+          f"participants. Next:\n\npython {program} pretrain --train_dataset_path {data}/train "
           f"--val_dataset_path {data}/val --coords_dataset_path {data}/coords "
           f"--num_timepoints_per_voxel {window} {steps}--output_dir runs/mine")
 
@@ -388,32 +440,46 @@ def visible_files(folder, seen):
         for path in sorted(path for path in folder.iterdir() if path.name[0] != "."):
             yield from visible_files(path, seen) if path.is_dir() else [path]
 
-def find_people(files, folder, pattern):
-    """Each file, person, session or "": sub-<label> or what a pattern finds, ses-<label>."""
-    written = {}
+def find_subjects(files, folder, pattern):
+    """[(file, subject, session or "")]: sub-<label> or what a pattern finds, and ses-<label>."""
     with naming(f"--subject_pattern {pattern}"):
         if pattern and re.compile(pattern).groups != 1:
             raise ValueError("need a regular expression with one group in ( )")
-    for file in files:
-        path = FORMAT.sub("", file.relative_to(folder).as_posix())
+    paths = [FORMAT.sub("", file.relative_to(folder).as_posix()) for file in files]
+    found, written = [], {}
+    for file, path in zip(files, paths):
         parts = [path] if pattern else re.findall("[^/]*(?<![A-Za-z])sub-[^/]*", path)
         labels = {match and match[1] for match in map(re.compile(pattern or BIDS).search, parts)}
         sessions = {*re.findall("(?<![^/_])ses-([0-9A-Za-z]+)", path)} or {""}
         if len(labels) != 1 or not all(labels) or len(sessions) > 1:
-            raise ValueError(f"{file}: who is it? need one sub-<label>_key-value_suffix, one ses- "
-                             f"or none; or --subject_pattern (now {pattern}), as {example(path)}")
+            raise ValueError(f"{file}: cannot find one participant and at most one session; "
+                             "expected sub-<label>_key-value_suffix and ses-<label>; or pass "
+                             f"--subject_pattern (now {pattern}), as {example(path, paths)}")
         label, = labels
         other = written.setdefault(plain(label), label)
         if other != label:
-            raise ValueError(f"{other} and {label}: one person or two? --subject_pattern tells")
-        yield file, label, plain(*sessions)
+            raise ValueError(f"{other} and {label} may be one participant or two; rename the files "
+                             "or pass --subject_pattern")
+        found.append((file, label, plain(*sessions)))
 
-def example(path):
-    """A --subject_pattern for a path, whose group is a part of it up to its longest number."""
-    number = max(re.findall("[0-9]+", path), key=len, default="")
-    label = re.search(f"[^/]*{number}", path)[0]
-    group = re.sub("[A-Za-z]+", "[A-Za-z]+", re.sub("[0-9]+", "[0-9]+", re.escape(label)))
-    return f"{shlex.quote(f'(?:^|/)({group})')} for {label}"
+    counts, numbers = Counter(label for _, label, _ in found), [*map(longest_number, paths)]
+    (label, most), = counts.most_common(1)
+    if pattern and len({*numbers}) == len(files) and (2 * len(counts) <= len(files) or most > 9):
+        print(f"note: --subject_pattern {pattern} finds {len(counts)} participants in {len(files)} "
+              f"files ({label} in {most}), but the longest numbers of the files all differ "
+              f"({listed(numbers)}): should it be {example(paths[0], paths)}?")
+    return found
+
+def longest_number(path):
+    """The longest run of digits, "" where there is none."""
+    return max(re.findall("[0-9]+", path), key=len, default="")
+
+def example(path, paths):
+    """A --subject_pattern for these paths: what comes before their longest numbers, and these."""
+    digits = min(filter(None, map(len, map(longest_number, paths))), default=0)
+    pattern = f"(?:^|/)([^/]*?[0-9]{{{digits},}})" if digits else "(?:^|/)([^/_]+)"
+    label = re.search(pattern, path)
+    return shlex.quote(pattern) + (f" for {label[1]}" if label else "")
 
 def plain(label):
     """A label without sub- or ses-, and without the leading zeros that spreadsheets take away."""
@@ -424,65 +490,116 @@ def read_bytes(file):
     with (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rb") as content:
         return content.read()
 
-def read_table(file, header="yes", labellings=()):
-    """A DataFrame of text, "" where a value is missing; rows, and columns without names, from 1."""
-    import pandas
+def read_rows(file, num_parcels=None, labellings=()):
+    """The rows of a table, lists of text, and its comments, lines that start with #."""
     content = read_bytes(file)
+    if content[:4] in (b"PK\3\4", b"\xd0\xcf\x11\xe0"):
+        raise ValueError("is an Excel workbook; save it as .csv or .tsv")
     try:
-        text = content.decode()
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1")
-    if ".1d" in file.name.lower():
-        text = re.sub("(?m)^ *#.*\n", "", text)
-    text = text.strip("\r\n")
-    if not text:
+    lines = [line.strip(" \n") for line in io.StringIO(text.strip("\r\n"), newline=None)]
+    comments = [line for line in lines if line.startswith("#")]
+    lines = [line for line in lines if not line.startswith("#")]
+    if not any(lines):
         raise ValueError("no rows")
-    separator = next((mark for mark in "\t;," if mark in text.partition("\n")[0]), r"\s+")
-    table = pandas.read_csv(io.StringIO(text, newline=None), sep=separator, header=None, dtype=str,
-                            keep_default_na=False, skip_blank_lines=False, engine="python")
-    table = table.set_axis(range(1, len(table) + 1)).rename(columns=lambda column: column + 1)
-    for row in table.index[table.isna().any(axis=1)]:  # an empty cell is "", one not there is NaN
-        raise ValueError(f"row {row} has fewer cells than row 1")
-    table = table.replace(r"(?i)^\s*(n/a|na|nan|null|none)?\s*$|^\s+|\s+$", "", regex=True)
-    if any({*labels} in ({*table[1]}, {*table[1][1:]}) for labels in labellings):
-        raise ValueError("column 1 names the parcels: transposed")
-    if header == "yes" or header == "auto" and has_header(table, labellings):
-        table = table[1:].set_axis(table.loc[1], axis=1)
-    return table
+    separator = next((mark for mark in "\t;," if mark in lines[0]), None)
+    rows = (csv.reader(lines, delimiter=separator, skipinitialspace=True) if separator
+            else map(str.split, lines))
+    rows = [[*map(str.strip, row)] for row in rows]
+    while len(rows) > 1 and all(row[-1:] == [""] for row in rows[1:]):
+        width = len(rows[1])
+        name = "".join(rows[0][width - 1:])
+        if width == num_parcels or name and any(name in labels for labels in labellings):
+            break  # a parcel without values
+        if name:
+            print(f"note: {file}: column {name} is empty and left out")
+        for row in rows:
+            del row[width - 1:]
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(rows[0]):
+            raise ValueError(f"row {number} has {len(row)} cells, row 1 has {len(rows[0])}")
+    return rows, comments
 
-def parse(cells):
-    """Text -> float64 of its shape, NaN where it is no number; and where it is other text."""
-    import pandas
-    text = pandas.Series(np.ravel(cells), dtype=str)
-    commas = text.str.contains(",") & ~text.str.fullmatch(r"[-+]?[1-9]\d{0,2}(,\d{3})+")
-    if commas.any() and not text.str.contains(".", regex=False).any():  # 1,234 may be thousands
-        text = text.str.replace(",", ".")
-    values = pandas.to_numeric(text, errors="coerce").to_numpy(np.float64).reshape(np.shape(cells))
-    return values, np.isnan(values) & (np.array(cells) != "")
+def to_number(cell):
+    """A float, NaN where the value is missing, or None for other text."""
+    try:
+        return None if "_" in cell else float(cell)  # float() accepts 1_000
+    except ValueError:
+        return math.nan if cell.lower() in MISSING else None
 
-def numbers(table):
-    """Text -> float64, NaN where a value is missing; other text is refused by row and column."""
-    values, other = parse(table)
-    for row, column in np.argwhere(other):
-        cell = f"row {table.index[row]}, column {table.columns[column]}: {table.iat[row, column]!r}"
-        raise ValueError(f"{cell}, need numbers or n/a, decimals all with points or all commas")
-    return values
+def numbers(rows, names, first_row=1):
+    """Text -> float64, NaN where a value is missing; other text raises by row and column."""
+    commas = [cell for row in rows for cell in row if "," in cell]
+    thousands = all(re.fullmatch(r"[-+]?[1-9]\d{0,2}(,\d{3})+", cell) for cell in commas)
+    if not thousands and not any("." in cell for row in rows for cell in row):
+        rows = [[cell.replace(",", ".") for cell in row] for row in rows]
+    values = [[*map(to_number, row)] for row in rows]
+    for i, row in enumerate(values):
+        if None in row:
+            j = row.index(None)
+            raise ValueError(f"row {i + first_row}, column {names[j]}: {rows[i][j]!r} is no number;"
+                             " use numbers or n/a, all decimals with points or all with commas")
+    return np.array(values, np.float64).reshape(-1, len(names))
 
-def has_header(table, labellings):
-    """Whether the first row of a series is names of parcels and no timepoint."""
-    names, (ids, other) = [*table.loc[1]], parse(table.loc[1])
-    if other.any() or any({*names} >= {*labels} for labels in labellings):
+def column_numbers(cells):
+    """A column of text -> float64, or None where it holds other text."""
+    try:
+        return numbers([cells], cells)[0]
+    except ValueError:
+        return None
+
+def is_whole(values):
+    """Whether no value has a fraction."""
+    return not (values % 1 > 0).any()
+
+def has_header(names, values, labellings):
+    """Whether the first row of a series, as text and numbers, is names of parcels."""
+    if any({*names} >= {*labels} for labels in labellings):
         return True
-    ids = ids[int(names[0] == ""):]  # pandas writes no name above an index
-    whole = not (ids % 1).any() and len({*ids}) == len(ids)
-    if whole and not (parse(table[1:])[0] % 1 > 0).any():
+    ids = values[0, int(names[0] == ""):]  # pandas writes no name above an index
+    ids = ids[~np.isnan(ids)]
+    whole = 2 * len(ids) > len(names) and is_whole(ids) and len({*ids}) == len(ids)
+    if whole and is_whole(values[1:]):
         raise ValueError(f"row 1 is {listed(names)}: values or names? --header yes or no tells")
     return whole
 
+def names_in_comments(comments, width, labellings):
+    """The names in a line such as "#2001 #2002": one for each column, or most of the parcels."""
+    for line in comments:
+        names = re.findall('[^\\s#;,"]+', line)
+        if len(names) == width or any(2 * len({*names} & {*labels}) > len(labels)
+                                      for labels in labellings):
+            return names
+    return []
+
+def read_text_series(file, header, labellings, num_parcels):
+    """The names of the columns, if any, and the values [timepoints, columns] of a text file."""
+    rows, comments = read_rows(file, num_parcels, labellings)
+    column, width = [row[0] for row in rows], len(rows[0])
+    if any({*labels} in ({*column}, {*column[1:]}) for labels in labellings):
+        raise ValueError("column 1 names the parcels: transposed")
+    in_comment = names_in_comments(comments, width, labellings)
+    if header == "yes" and not in_comment or header == "auto" and column_numbers(rows[0]) is None:
+        names, values = rows[0], numbers(rows[1:], rows[0], first_row=2)
+    else:
+        names, values = in_comment, numbers(rows, range(1, width + 1))
+        if header == "no":
+            names = []
+        elif not names and has_header(rows[0], values, labellings):
+            names, values = rows[0], values[1:]
+    if names and len(names) != width:
+        raise ValueError(f"{len(names)} names ({listed(names)}) for {width} columns")
+    counts = np.array_equal(values[:, 0], np.arange(len(values)))
+    if width > num_parcels and (counts or names[:1] == [""]):  # the index of pandas
+        return names[1:], values[:, 1:]
+    return names, values
+
 def read_series(file, header, labellings, num_parcels):
-    """The names of the columns in the file's order, if any, and, in the atlas' order, their values,
-    float64 [timepoints, parcels]."""
-    kind, names = FORMAT.search(file.name)[1].lower(), []
+    """The names of the columns in the file's order, if any; their values in the order of --coords,
+    float64 [timepoints, parcels]; the TR in seconds, if the file has it."""
+    kind, names, tr = FORMAT.search(file.name)[1].lower(), [], None
     if kind == ".npy":
         series = np.load(io.BytesIO(read_bytes(file)))
         if series.ndim != 2 or series.dtype.kind not in "biuf":
@@ -490,13 +607,12 @@ def read_series(file, header, labellings, num_parcels):
     elif kind == ".ptseries.nii":
         import nibabel
         image = nibabel.Cifti2Image.from_bytes(read_bytes(file))
-        series, names = image.get_fdata(), [*image.header.get_axis(1).name]
+        time, parcels = image.header.get_axis(0), image.header.get_axis(1)
+        series, names = image.get_fdata(), [*parcels.name]
+        if getattr(time, "unit", "") == "SECOND" and time.step > 0:
+            tr = round(float(time.step), 4)
     else:
-        table = read_table(file, header, labellings)
-        counts = np.array_equal(parse(table.iloc[:, 0])[0], np.arange(len(table)))
-        if table.shape[1] > num_parcels and (counts or table.columns[0] == ""):  # pandas' index
-            table = table.iloc[:, 1:]
-        names, series = [name for name in table if isinstance(name, str)], numbers(table)
+        names, series = read_text_series(file, header, labellings, num_parcels)
     series = np.array(series, np.float64)
     for row, column in np.argwhere(abs(series) >= 1e30):
         raise ValueError(f"timepoint {row + 1}, column {column + 1} is {series[row, column]}")
@@ -507,23 +623,29 @@ def read_series(file, header, labellings, num_parcels):
         labels = max(labellings, key=lambda labels: len({*labels} & {*names}))
         lacking, surplus = Counter(labels) - Counter(names), Counter(names) - Counter(labels)
         raise ValueError(f"parcels of --coords without a column: {listed([*lacking])}; columns "
-                         f"that are no parcel there: {listed([*surplus])}")
+                         f"that are no parcel there: {listed([*surplus])}; correct the names, or "
+                         "pass --header no if row 1 or a comment holds no names")
     if series.shape[1] != num_parcels:
         hint = ": transposed?" * (len(series) == num_parcels)
         raise ValueError(f"(timepoints, parcels) are {series.shape} for {num_parcels} rows of "
                          f"--coords{hint}")
     if any(labels != orders[0] for labels in orders):
         raise ValueError("two columns of --coords name the columns, in two orders: leave one out")
-    return names, series[:, [names.index(label) for label in orders[0]]] if orders else series
+    if orders:
+        series = series[:, [names.index(label) for label in orders[0]]]
+    return names, series, tr
 
 def cleaned(series, file):
     """A series scaled, its gaps interpolated in time, or None where most of it is. All is told."""
     gaps = np.isnan(series).all(axis=1)
+    if np.nansum(abs(series)):
+        gaps = (np.isnan(series) | (series == 0)).all(axis=1)  # censored volumes may be zeros
+    report = f"{file}: {gaps.sum()} of {len(series)} timepoints have no values (n/a or all 0)"
     if 2 * gaps.sum() > len(series):
-        print(f"{file}: {gaps.sum()} of {len(series)} timepoints have no values: left out")
+        print(f"{report}: left out")
         return None
     if gaps.any():
-        print(f"{file}: {gaps.sum()} of {len(series)} timepoints have no values: interpolated")
+        print(f"{report}: interpolated")
     for signal in series.T:
         signal[gaps] = np.interp(np.flatnonzero(gaps), np.flatnonzero(~gaps), signal[~gaps])
     scaled = robust_scale(series, nan="zero", tell=lambda line: print(f"{file}: {line}"))
@@ -537,51 +659,75 @@ def cleaned(series, file):
 
 def read_parcels(file):
     """The columns of the coords dataset, and each column of the table that can name parcels."""
-    table = read_table(file)
-    kinds = [re.sub("_?mni_?", "", XCP_D.get(name.lower(), name.lower())) for name in table]
+    (names, *rows), _ = read_rows(file)
+    kinds = [re.sub("_?mni_?", "", XCP_D.get(name.lower(), name.lower())) for name in names]
     axes = "xyz" if {*"xyz"} & {*kinds} else "ras"
     if axes == "xyz" and {*"ras"} <= {*kinds}:
         print(f"note: {file}: x, y, z are read, R, A, S are not")
-    if [kinds.count(axis) for axis in axes] != [1, 1, 1] or not table.columns.is_unique:
-        raise ValueError(f"need x, y, z (or R, A, S), no name twice; found {', '.join(table)}")
-    axes = [table.columns[kinds.index(axis)] for axis in axes]
-    xyz = numbers(table[axes])
+    if [kinds.count(axis) for axis in axes] != [1, 1, 1] or len({*names}) < len(names):
+        raise ValueError(f"need x, y, z (or R, A, S), no name twice; found {', '.join(names)}")
+    table = {name: [row[i] for row in rows] for i, name in enumerate(names)}
+    axes = [names[kinds.index(axis)] for axis in axes]
+    xyz = numbers([*zip(*(table[axis] for axis in axes))], axes, first_row=2)
     reach = abs(xyz).max(axis=1)  # of a brain 110 mm, and not all of it is above 0
     for row in np.flatnonzero(~(reach < 200) | (reach < 1).all() | ~(xyz < 0).any()):
         raise ValueError(f"row {row + 2}: {', '.join(axes)} are {xyz[row].tolist()}: need MNI mm, "
                          "no voxel indices, no metres, none missing")
     parcels, labellings = dict(zip("XYZ", xyz.T)), []
     for kind, (name, cells) in zip(kinds, table.items()):
-        if kind == "label" and not cells.is_unique:
-            raise ValueError(f"column {name}: {cells.mode()[0]} names several parcels")
+        twice = [cell for cell, count in Counter(cells).items() if count > 1]
+        if kind == "label" and twice:
+            raise ValueError(f"column {name}: {twice[0]} names several parcels")
         if kind in ("label", "network"):
-            parcels[kind.title()] = np.where(cells == "", None, cells)
-        whole = not (parse(cells)[0] % 1 > 0).any()
-        if name not in axes and cells.is_unique and all(cells) and whole:
-            labellings.append([*cells])
+            missing = MISSING if kind == "network" else [""]  # NA may be the label of a parcel
+            parcels[kind.title()] = [None if cell.lower() in missing else cell for cell in cells]
+        named = [cell for cell in cells if cell.lower() not in MISSING]
+        values = column_numbers(cells)
+        if (name not in axes and (values is None or is_whole(values))
+                and len({*named}) == len(named) >= len(cells) / 2):
+            labellings.append([f"{name} '{cell}' of row {row}" if cell in twice else cell
+                               for row, cell in enumerate(cells, start=2)])
     return parcels, labellings
 
 def read_participants(file):
-    """{person: [(session or "", {column: value}), ...]}, a pair for each row."""
-    table, people = read_table(file), {}
-    columns = [*table, "Subject", "File", RECORDING_COL]
-    if "participant_id" not in columns or len({*columns}) < len(columns):
+    """{participant: [(session or "", {column: value}), ...]}, a pair for each row."""
+    (names, *rows), _ = read_rows(file)
+    reserved = [*names, "Subject", "File", RECORDING_COL]
+    if "participant_id" not in names or len({*reserved}) < len(reserved):
         raise ValueError("need participant_id, no column twice, none called Subject or File; found "
-                         f"{', '.join(table)}")
-    persons, sessions = table["participant_id"], table.get("session_id", [""] * len(table))
-    for row in persons.index[persons == ""]:
-        raise ValueError(f"row {row} lacks participant_id")
-    columns = {}
-    for name, cells in table.drop(columns="participant_id").items():
-        values, other = parse(cells)
-        columns[name] = np.where(cells == "", None, cells if other.any() else values).tolist()
-    for person, session, *cells in zip(persons, sessions, *columns.values()):
-        row = dict(zip(columns, cells))
-        people.setdefault(plain(person), []).append((plain(session), row))
-    return people
+                         f"{', '.join(names)}")
+    text = {name: [row[i] for row in rows] for i, name in enumerate(names)}
+    table, participants = {}, {}
+    for name, cells in text.items():
+        numeric = column_numbers(cells)
+        values = cells if numeric is None else numeric.tolist()
+        table[name] = [None if cell.lower() in MISSING else value
+                       for cell, value in zip(cells, values)]
+        for value, count in {} if numeric is None else suspicious_values(numeric).items():
+            print(f"note: {file}: column {name} is {value:g} in {count} rows, far from all other "
+                  "values; if this means missing, write n/a")
+    del table["participant_id"]
+    for i, subject in enumerate(text["participant_id"]):
+        if subject.lower() in MISSING:
+            raise ValueError(f"row {i + 2} lacks participant_id")
+        row = {name: values[i] for name, values in table.items()}
+        session = "" if row.get("session_id") is None else plain(text["session_id"][i])
+        participants.setdefault(plain(subject), []).append((session, row))
+    return participants
+
+def suspicious_values(values):
+    """{value: count} of those more than ten interquartile ranges from the quartiles of the distinct
+    values that occur more than once or are one of MISSING_CODES."""
+    counts = Counter(values[~np.isnan(values)].tolist())
+    others = [value for value in counts if abs(value) not in MISSING_CODES] or [0]
+    low, high = np.percentile(others, [25, 75])
+    reach = 10 * (high - low)
+    return {value: count for value, count in counts.items()
+            if not low - reach <= value <= high + reach
+            and (count > 1 or abs(value) in MISSING_CODES)}
 
 def said_of(rows, session):
-    """{column: value} of a person in a session, None where the participants table lacks it."""
+    """{column: value} of a participant in a session, None where the table has no row for it."""
     own = [said for at, said in rows if "" in (at, session) or at == session]
     for name in own[0] if own else []:
         values = sorted({str(said[name]) for said in own})
