@@ -733,7 +733,7 @@ def suspicious_values(values):
     They are more than ten interquartile ranges from the quartiles of the distinct values, and occur
     more than once or are one of MISSING_CODES.
     """
-    counts = Counter(values[~np.isnan(values)].tolist())
+    counts = Counter(values[np.isfinite(values)].tolist())
     others = [value for value in counts if abs(value) not in MISSING_CODES] or [0]
     low, high = np.percentile(others, [25, 75])
     reach = 10 * (high - low)
