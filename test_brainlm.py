@@ -16,6 +16,8 @@ import math
 import multiprocessing
 import os
 import re
+import runpy
+import shlex
 import shutil
 import signal as signals
 import socket
@@ -23,7 +25,9 @@ import subprocess
 import sys
 import tempfile
 import tracemalloc
+import time
 import types
+import weakref
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -1516,7 +1520,7 @@ def test_robust_scale_gives_median_0_and_range_1_and_zeros_where_a_parcel_hardly
     assert np.allclose(median, 0, atol=1e-6) and np.allclose(high - low, 1, atol=1e-6)
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_robust_scale_refuses_nan_and_infinity_or_writes_zeros(value):
+def test_robust_scale_raises_for_nan_and_infinity_or_writes_zeros(value):
     recording = np.float64(numbers(60, 5))
     recording[4, 2] = value
     with pytest.raises(ValueError, match=f"^timepoint 4, parcel 2 is {value}"):
@@ -1637,34 +1641,42 @@ def test_the_readme_links_to_the_lines_of_its_functions():
 # Files of a lab, arrays of other libraries, and a notebook from images to a prediction ------------
 
 def cells(x, names="abcd", sep="\t"):
-    """Text of a table: names, and x [rows, columns] with n/a where it is NaN."""
+    """Text of a table: names, then x [rows, columns] with n/a for NaN."""
     rows = [*[names] * bool(names), *np.where(np.isnan(x), "n/a", x.astype(str))]
     return "".join(sep.join(row) + "\n" for row in rows)
 
-def ptseries(path):
-    """X as CIFTI, its parcels from the last to the first."""
+def ptseries(path, tr=2):
+    """Write X as CIFTI, with the parcels in reverse order."""
     cifti2 = pytest.importorskip("nibabel").cifti2
     model = cifti2.BrainModelAxis.from_surface([0], 9, "CIFTI_STRUCTURE_CORTEX_LEFT")
     parcels = cifti2.ParcelsAxis.from_brain_models([(name, model) for name in "dcba"])
-    cifti2.Cifti2Image(X[:, ::-1], (cifti2.SeriesAxis(0, 2, 40), parcels)).to_filename(path)
+    cifti2.Cifti2Image(X[:, ::-1], (cifti2.SeriesAxis(0, tr, 40), parcels)).to_filename(path)
 
 X, Y, Z = (np.round(np.float64(numbers(40, 4, seed=k)), 3) for k in range(3))
 TIME, WHOLE = np.arange(40.)[:, None], np.arange(160).reshape(40, 4) * 7 % 23
 GAPS, MORE = X * [1, 0, 1, 1], np.c_[X, X[:, 0]]
 GAPS[:3], GAPS[9], GAPS[24:] = GAPS[3], (GAPS[8] + GAPS[10]) / 2, GAPS[23]
+CENSORED, ENDED = X.copy(), cells(X, "").replace("\n", "\t\n")
+CENSORED[0], CENSORED[2::2] = X[1], (X[1:-1:2] + X[3::2]) / 2
 ALL = [f"sub-0{k}/func/sub-0{k}_task-rest_timeseries.tsv" for k in (1, 2, 3)]
 ONE, TWO, THREE = ALL
 TIMES = [f"sub-0{k}/ses-{s}/sub-0{k}_ses-{s}_ts.npy" for k, s in ((1, 1), (1, 2), (2, 3))]
+AFNI = "sub-04_timeseries.1D"
+THREE_CIFTI = [f"sub-0{k}_timeseries.ptseries.nii" for k in (1, 2, 3)]
 CIFTI, LINKED = "sub-04_timeseries.ptseries.nii", "ses-1/func/sub-04_timeseries.npy"
 ATLAS = "index,ROI Name,R,A,S\n11,a,1,2,3\n12,b,4,5,6\n13,c,7,8,9\n14,d,-1,-2,-3\n"
 NAMELESS = {"coords.csv": "x,y,z\n1,2,3\n4,5,6\n7,8,9\n-1,-2,-3\n"}
-PEOPLE = "participant_id\tage\tborn\nsub-01\t21\t1999-12-31\n02\tn/a\tn/a\n"
+PARTICIPANTS = "participant_id\tage\tborn\nsub-01\t21\t1999-12-31\n02\tn/a\tn/a\n"
+CODES = "participant_id\tage\tFIQ\tscore\trare\n" + "".join(
+    f"0{k}\t{age}\t{FIQ}\t{score}\t{rare}\n" for k, (age, FIQ, score, rare) in enumerate(zip(
+        (23, 999, 27, 45, 999, 38, 29), (110, 98, -9999, 121, 103, 95, 99), (0, 0, 0, 0, 0, 1, 5),
+        (1, 2, 3, 4, 5, 1e6, 7)), start=1))
 EXCEL = "participant_id;age;town\n1;21,5;K\u00f6ln\nsub-02;70;n/a\n"
 
 def lab(folder, changes):
-    """A folder as XCP-D leaves it, with some files added or changed; the flags that read it."""
+    """Write a folder like the output of XCP-D, with some files changed; return flags to read it."""
     files = {ONE: cells(X), TWO: cells(Y), THREE: cells(Z), "coords.csv": ATLAS,
-             "participants.tsv": PEOPLE, "sub-01/motion.tsv": "fd\n0.1\n"}
+             "participants.tsv": PARTICIPANTS, "sub-01/motion.tsv": "fd\n0.1\n"}
     write = {str: Path.write_text, bytes: Path.write_bytes, np.ndarray: np.save}
     for name, content in (files | changes).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -1674,7 +1686,7 @@ def lab(folder, changes):
             "--min_timepoints=20", "--pattern=*timeseries*"]
 
 def files_here(line, monkeypatch):
-    """sample_data.py with these flags: exit status and what it printed."""
+    """Run sample_data.py with these flags; return its exit status and output."""
     monkeypatch.setattr(sys, "argv", ["sample_data.py", *line])
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
         try:
@@ -1683,12 +1695,12 @@ def files_here(line, monkeypatch):
             return end.code, out.getvalue()
     return 0, out.getvalue()
 
-SERIES_RIGHT = {    # sub-01's file; what is told; what comes of it
+SERIES_RIGHT = {    # sub-01's file, a pattern of the messages, the expected unscaled recording
     "gaps": (cells(np.where(np.isin(TIME, [0, 1, 2, 9]) | (TIME > 23), np.nan, X)
-                   * [1, np.nan, 1, 1]), "20 of 40 .*interpolated\n.*parcels 1 lack", GAPS),
+                   * [1, np.nan, 1, 1]), "20 of 40 .*interpolated\n.*parcels 1 ", GAPS),
     "most missing": (cells(np.where(TIME < 21, np.nan, X)), "21 of 40 .*out.*2 are used", None),
-    "short": (cells(X[:19]), "1 are shorter than --min_timepoints 20 .19.", None),
-    "no rows": (cells(X[:0]), "1 are shorter than --min_timepoints 20 .0.", None),
+    "short": (cells(X[:19]), "1 .*--min_timepoints 20 .19.", None),
+    "no rows": (cells(X[:0]), "1 .*--min_timepoints 20 .0.", None),
     "spikes": (cells(X + 1000 * (TIME == 5)), "note: .*4 values are", X + 1000 * (TIME == 5)),
     "other order": (cells(X[:, ::-1], "dcba"), "", X),
     "ids of the atlas": (cells(WHOLE[:, ::-1], ["14", "13", "12", "11"]), "", WHOLE),
@@ -1696,29 +1708,62 @@ SERIES_RIGHT = {    # sub-01's file; what is told; what comes of it
     "counted": (cells(X, "0123"), "", X),
     "index": (cells(np.c_[TIME, X], ["", *"abcd"]), "", X),
     "index without names": (cells(np.c_[TIME, X], ""), "", X),
-    "decimal commas": (cells(X, sep=";").replace(".", ","), "", X)}
+    "decimal commas": (cells(X, sep=";").replace(".", ","), "", X),
+    "censored": (cells(X * (TIME % 2 > 0)), "20 of 40 .*interpolated", CENSORED),
+    "censored, and a parcel": (cells(X * (TIME % 2 > 0) * [1, np.nan, 1, 1]),
+                               "20 of 40 .*interpolated", CENSORED * [1, 0, 1, 1]),
+    "most censored": (cells(X * (TIME > 20)), "21 of 40 .*out.*2 are used", None),
+    "last separators": (cells(X, sep=";").replace("\n", ";;\n"), "^(?!.*note: .*column)", X),
+    "last separators below": ("a\tb\tc\td\n" + ENDED, "", X),
+    "last separators, a name": ("a\tb\tc\td\tfd\n" + ENDED, "note: .*sub-01.*column fd", X),
+    "last parcel empty": (cells(X * [1, 1, 1, np.nan]).replace("n/a", ""), "parcels 3 ",
+                          X * [1, 1, 1, 0]),
+    "last of an index empty": (cells(np.c_[TIME, X * [1, 1, 1, np.nan]], ["", *"abcd"]).replace(
+        "n/a", ""), "parcels 3 ", X * [1, 1, 1, 0]),
+    "last spaces": (cells(X, "", "  ").replace("\n", "  \n"), "", X)}
 FORMATS = {"sub-01_ts.CSV": cells(X, sep=", "), "sub-02_ts.txt": cells(X, "", "  "),
            "sub-03_ts.1D": "# AFNI\n" + cells(X, "", " "), "sub-04_ts.npy": X,
            "sub-05_ts.tsv.gz": gzip.compress(cells(X).encode())}
-RIGHT = {   # files changed, more flags, what is told, and what comes of it: recordings and columns
-    "all": ({}, ["--tr", "2"], "3 people .sub-01, .*1 of 3 rec.*0 of 2 people", {
+RIGHT = {   # changed files, more flags, a pattern of the messages, expected recordings and columns
+    "all": ({}, ["--tr", "2"], "3 participants .sub-01, .*1 of 3 .*0 of 2 ", {
         ONE: X, TWO: Y, THREE: Z, "Y": [2, 5, 8, -2], "Label": [*"abcd"], "TR": {ONE: 2},
         "age": {ONE: 21, TWO: None, THREE: None}, "born": {ONE: "1999-12-31", TWO: None}}),
-    **{what: ({ONE: content}, [], told, {TWO: Y} | ({} if series is None else {ONE: series}))
-       for what, (content, told, series) in SERIES_RIGHT.items()},
+    **{what: ({ONE: content}, [], message, {TWO: Y} | ({} if series is None else {ONE: series}))
+       for what, (content, message, series) in SERIES_RIGHT.items()},
     "ids": (NAMELESS | dict.fromkeys(ALL, cells(X, "3127")), [], "", {ONE: X}),
     "values": (dict.fromkeys(ALL, cells(WHOLE, "")), ["--header=no"], "", {ONE: WHOLE}),
     "names": (NAMELESS | dict.fromkeys(ALL, cells(WHOLE, "3127")), ["--header=yes"], "",
               {ONE: WHOLE}),
-    "formats": (FORMATS | {"a_ts.json": "{}"}, ["--pattern=*_ts*"], "1 files are left out, .*json",
+    "names in a comment": (
+        {AFNI: "# made by hand\n#d\t#c\t#b\t#a\n" + cells(X[:, ::-1], "")}, [], "", {AFNI: X}),
+    "ids in a comment": ({AFNI: "# 14 13 12 11\n" + cells(WHOLE[:, ::-1], "", " ")}, [], "",
+                         {AFNI: WHOLE}),
+    "comment without names": (dict.fromkeys(ALL, cells(X, "")) | {
+        AFNI: "# made by a lab\n" + cells(X, "")}, ["--header=no"], "", {AFNI: X}),
+    **{f"label {label!r}": (
+        {"coords.csv": ATLAS.replace("b", label),
+         **dict.fromkeys(ALL, cells(X[:, ::-1], ["d", "c", label, "a"]))}, [], "",
+        {ONE: X, "Label": ["a", label or None, "c", "d"]})
+       for label in ("NA", "n/a", "")},
+    "order of the files": (NAMELESS, [], "note: .*coords.csv .*a, b, c", {ONE: X}),
+    "formats": (FORMATS | {"a_ts.json": "{}"}, ["--pattern=*_ts*"], "1 files .*a_ts.json",
                 dict.fromkeys(FORMATS, X)),
-    "cifti": ({CIFTI: ptseries}, [], "", {CIFTI: X}),
+    "cifti": ({CIFTI: ptseries}, ["--tr=2"], "^(?!.*TR)", {CIFTI: X, "TR": {CIFTI: 2, ONE: 2}}),
+    "TR of a header": ({CIFTI: ptseries}, [], "note: .*TR.*2.0 in 1 files",
+                       {"TR": {CIFTI: 2, ONE: None}}),
+    "TR and --tr": ({CIFTI: ptseries}, ["--tr=3"], "note: .*TR.* 3.0.* 2.0 in 1 files",
+                    {"TR": {CIFTI: 2, ONE: 3}}),
+    "two TRs": (dict.fromkeys(THREE_CIFTI[:2], ptseries) | {
+        THREE_CIFTI[2]: partial(ptseries, tr=0.72)}, ["--pattern=*.nii"],
+        "note: .*TR.*2.0 in 2 files, 0.72 in 1 files",
+        {"TR": dict(zip(THREE_CIFTI, (2, 2, 0.72)))}),
     "hidden files and links": (
         {".x/" + LINKED: X, "sub-04": partial(os.symlink, ".x"), "sub-01/._timeseries.tsv": b"\0",
          "sub-01/all": partial(os.symlink, "..")},
-        ["--pattern=sub-*/**/func/*timeseries.*"], "4 files fit", {"sub-04/" + LINKED: X}),
+        ["--pattern=sub-*/**/func/*timeseries.*"], "4 files .*sub-", {"sub-04/" + LINKED: X}),
     "pattern": ({"participants.tsv": "participant_id\nA_1\n", "10/r_1/a.npy": X, "A_1/a.npy": X},
-                ["--subject_pattern=^([^/]+)/.*a", "--pattern=*/a.*"], "note: .* 2 people in 2",
+                ["--subject_pattern=^([^/]+)/.*a", "--pattern=*/a.*"],
+                "note: --subject_pattern .* 2 .* 2 files",
                 {"Subject": {"10/r_1/a.npy": "10", "A_1/a.npy": "A_1"}}),
     "sessions": (dict.fromkeys(TIMES, X) | {"participants.tsv":
         "participant_id\tsession_id\tage\n01\tses-1\t21\n01\t02\t22\n02\tn/a\t30\n"},
@@ -1726,16 +1771,23 @@ RIGHT = {   # files changed, more flags, what is told, and what comes of it: rec
     **{code: ({"participants.tsv": EXCEL.encode(code)}, [], "", {
         "age": {ONE: 21.5, TWO: 70, THREE: None}, "town": {ONE: "K\u00f6ln", TWO: None}})
        for code in ("utf-8", "utf-8-sig", "utf-16", "latin-1")},
+    "missing codes": (
+        {"participants.tsv": CODES}, [],
+        "^(?=.*column age .*999 in 2 )(?=.*FIQ .*-9999 in 1 )(?!.*(score|rare))",
+        {"age": {ONE: 23, TWO: 999}}),
+    "empty columns": (
+        {"participants.tsv": PARTICIPANTS.replace("\n", "\t\t\n").replace("born\t", "born\tnote"),
+         "coords.csv": ATLAS.replace("\n", ",\n")}, [], "note: .*participants.tsv.*note",
+        {"age": {ONE: 21}, ONE: X}),
     "both": ({"coords.csv": "MNI_X,y_mni,Z,R,A,S\n" + 4 * "-1,2,3,7,8,9\n"}, [],
-             "note: .*coords.csv: x, y, z are read", {"X": [-1] * 4}),
+             "note: .*coords.csv: x, y, z ", {"X": [-1] * 4}),
     "s": ({"coords.csv": "x;y;z;s\n" + 4 * "-1,5;2;3;7\n"}, [], "",
           {"X": 4 * [-1.5], "Z": 4 * [3]})}
 
-@pytest.mark.parametrize("changes, flags, told, expected", RIGHT.values(), ids=RIGHT)
-def test_files_of_a_lab_come_out_right(tmp_path, monkeypatch, changes, flags, told, expected):
-    pytest.importorskip("pandas")
+@pytest.mark.parametrize("changes, flags, message, expected", RIGHT.values(), ids=RIGHT)
+def test_files_of_a_lab_come_out_right(tmp_path, monkeypatch, changes, flags, message, expected):
     code, printed = files_here([*lab(tmp_path, changes), *flags], monkeypatch)
-    assert code == 0 and re.search(told, printed, re.DOTALL), printed
+    assert code == 0 and re.search(message, printed, re.DOTALL), printed
     train, val = (brainlm.read_arrow(f"data/{name}").to_pylist() for name in ("train", "val"))
     rows = {os.path.relpath(row["File"], tmp_path): row for row in train + val}
     assert not {row["Subject"] for row in train} & {row["Subject"] for row in val}
@@ -1747,73 +1799,171 @@ def test_files_of_a_lab_come_out_right(tmp_path, monkeypatch, changes, flags, to
         else:
             assert np.array_equal(rows[name][RECORDING_COL], robust_scale(value, nan="zero"))
 
-SERIES_FAULTS = {   # what the line says of sub-01's file, and what is in it
-    "no rows": "",
-    "row 2, column b: 'x', need numbers or n/a": "a\tb\tc\td\n1.5\tx\t2\t3\n",
-    "row 3 has fewer cells": cells(X[:1]) + "1\t2\t3\n",
-    "Expected 4 fields in line 3, saw 5": cells(X[:1]) + "1\t2\t3\t4\t5\n",
+SERIES_FAULTS = {   # a pattern of the message, and the content of sub-01's file
+    ".*no rows": "",
+    "row 2, column b: 'x' is no number": "a\tb\tc\td\n1.5\tx\t2\t3\n",
+    "row 3 .*3 .*row 1 .*4": cells(X[:1]) + "1\t2\t3\n",
+    "row 3 .*5 .*row 1 .*4": cells(X[:1]) + "1\t2\t3\t4\t5\n",
     "timepoint 6, column 1 is 1e.30": cells(np.where(TIME == 5, 1e30, X)),
-    "no parcel varies": cells(0 * X),
-    "row 1 is 0, 7, 14 ...: values or names. --header yes or no": cells(WHOLE, ""),
-    "parcels .*without a column: a; .*no parcel there: 0.3": cells(X, ["0.3", *"bcd"]),
-    "parcels .*without a column: d; .*no parcel there: none": cells(X[:, :3], "abc"),
-    "parcels .*without a column: none; .*no parcel there: fd": cells(MORE, [*"abcd", "fd"]),
-    ".*are .40, 5. for 4 rows of --coords": cells(MORE, ""),
-    ".*are .4, 40. for 4 rows of --coords: transposed": cells(X.T, ""),
-    "column 1 names the parcels: transposed": "".join(
+    ".*no parcel ": cells(0 * X),
+    "row 1 .*0, 7, 14 ....*--header": cells(WHOLE, ""),
+    ".*--coords .*: a; .*: 0.3;.*--header no": cells(X, ["0.3", *"bcd"]),
+    ".*--coords .*: d; .*: none;": cells(X[:, :3], "abc"),
+    ".*--coords .*: none; .*: fd;": cells(MORE, [*"abcd", "fd"]),
+    ".*.40, 5., .*--coords .*4 parcels": cells(MORE, ""),
+    ".*.4, 40., .*--coords .*4 parcels.*transposed": cells(X.T, ""),
+    "column 1 .*transpose": "".join(
         f"{name}\t{row}" for name, row in zip("abcd", cells(X[:4].T, "").splitlines(True)))}
 COORDS_FAULTS = {
+    ".*Excel .*save .*csv": b"PK\3\4" + bytes(9),
     "row 4: R, A, S are .7.0, nan, 9.0": ATLAS.replace("8", ""),
-    "need x, y, z .or R, A, S.*found index, ROI Name, i, j, s": ATLAS.replace("R,A,S", "i,j,s"),
-    "need x, y, z .*found x, y, z, x_mni": "x,y,z,x_mni\n1,2,3,-4\n",
-    "row 4, column S: '9mm', need": ATLAS.replace("9", "9mm"),
-    "row 2: R, A, S are .1.0, 2.0, 3.0.: need MNI mm": ATLAS.replace("-", ""),
-    "row 2: x, y, z are .0.01, 0.02, 0.03.: need MNI mm": "x,y,z\n.01,.02,.03\n-.01,-.02,-.03\n",
-    "row 2, column x: '1,234', need": "x;y;z\n1,234;2;3\n-1;-2;-3\n",
-    "column ROI Name: a names several parcels": ATLAS.replace("b", "a")}
-PEOPLE_FAULTS = {
+    ".*x, y, z .*R, A, S.*index, ROI Name, i, j, s": ATLAS.replace("R,A,S", "i,j,s"),
+    ".*x, y, z .*x, y, z, x_mni": "x,y,z,x_mni\n1,2,3,-4\n",
+    "row 4, column S: '9mm' is no": ATLAS.replace("9", "9mm"),
+    "row 2: R, A, S are .1.0, 2.0, 3.0..*mm": ATLAS.replace("-", ""),
+    "row 2: x, y, z are .0.01, 0.02, 0.03..*mm": "x,y,z\n.01,.02,.03\n-.01,-.02,-.03\n",
+    "row 2, column x: '1,234' is no": "x;y;z\n1,234;2;3\n-1;-2;-3\n",
+    "column ROI Name: .a. ": ATLAS.replace("b", "a")}
+PARTICIPANTS_FAULTS = {
+    ".*Excel .*save .*csv": b"\xd0\xcf\x11\xe0" + bytes(9),
     "3 of 3 .*.A1.": "participant_id\tage\nA1\t30\n",
-    "need participant_id.*found id, age": "id\tage\n01\t3\n",
-    "row 3 lacks participant_id": "participant_id\tage\n01\t3\nn/a\t4\n",
-    ".*no column twice.*found participant_id, age, age": "participant_id\tage\tage\n01\t3\t4\n"}
-FILES_FAULTS = {    # what the line says, and a file more
+    ".*participant_id.*id, age": "id\tage\n01\t3\n",
+    "row 3 .*participant_id": "participant_id\tage\n01\t3\nn/a\t4\n",
+    ".*participant_id.*participant_id, age, age": "participant_id\tage\tage\n01\t3\t4\n"}
+FILES_FAULTS = {    # a pattern of the message, and one more file
+    "sub-00_timeseries.csv: .*Excel .*save .*csv": b"PK\3\4" + bytes(9),
+    "sub-00_timeseries.1D: .*--coords .*: 12; .*: 99;": "#11 #99 #13 #14\n" + cells(X, ""),
+    "sub-00_timeseries.1D: 3 .*d, c, a.* 4 col": "#d\t#c\t#a\n" + cells(X, ""),
+    "sub-00_timeseries.tsv: .*--coords .*: b; .*: NA;": cells(X, ["a", "NA", "c", "d"]),
     "sub-00_timeseries.npy: .*pickle": np.array([{}]),
-    "sub-00_timeseries.npy: complex128 of shape": X + 1j,
-    "sub-04_timeseries.npy: .*are .4, 40. for 4 rows of --coords: transposed": X.T,
+    "sub-00_timeseries.npy: .*complex128 ": X + 1j,
+    "sub-04_timeseries.npy: .*.4, 40., .*--coords .*transposed": X.T,
     "sub-00_timeseries.tsv: .*No such file": partial(os.symlink, ".git/annex/objects/x"),
-    "sub-01/sub-02_timeseries.npy: who is it.*--subject_pattern": X,
-    "ses-1/sub-01_ses-2_timeseries.npy: who is it": X,
-    "sub-NYU_00500_timeseries.npy: who is it.*--subject_pattern .* for sub-NYU_00500": X,
-    "100307/timeseries.npy: who is it.* for 100307": X}
+    "sub-01/sub-02_timeseries.npy: cannot find .*--subject_pattern": X,
+    "ses-1/sub-01_ses-2_timeseries.npy: cannot find": X,
+    "sub-NYU_00500_timeseries.npy: cannot find .*--subject_pattern .* for sub-NYU_00500": X,
+    "100307/timeseries.npy: cannot find.* for 100307": X}
 WRONG = [
-    *(({name: text}, [], f"{name}: {told}") for name, faults in (
-        (ONE, SERIES_FAULTS), ("coords.csv", COORDS_FAULTS), ("participants.tsv", PEOPLE_FAULTS))
-      for told, text in faults.items()),
-    *(({told.split(": ")[0]: content}, [], told) for told, content in FILES_FAULTS.items()),
-    ({"sub-1_timeseries.npy": X}, [], "sub-01 and sub-1: one person or two"),
+    *(({name: text}, [], f"{name}: {message}") for name, faults in (
+        (ONE, SERIES_FAULTS), ("coords.csv", COORDS_FAULTS),
+        ("participants.tsv", PARTICIPANTS_FAULTS))
+      for message, text in faults.items()),
+    *(({message.split(": ")[0]: content}, [], message)
+      for message, content in FILES_FAULTS.items()),
+    ({"sub-1_timeseries.npy": X}, [], "sub-01 and sub-1 .*--subject_pattern"),
     ({"participants.tsv": EXCEL.replace("sub-02", "01")}, [], f"{ONE}: age is 21.5, 70.0 in"),
-    (NAMELESS | {ONE: cells(X, "bacd")}, [], f"{TWO}: columns .* a, b, c ..., in .*{ONE} b, a, c"),
-    (NAMELESS | {ONE: cells(X, "")}, [], f"{TWO}: columns .*, in .*{ONE} none"),
-    ({"a.mat": ""}, ["--pattern=*.mat"], ".tsv .csv .txt .1D .npy .ptseries.nii: there is a.mat"),
-    *(({}, flags.split(), told) for flags, told in {
-        "--pattern *.nii": "--pattern '.*.nii' .*: there is sub-01_task.*tsv, motion.tsv, sub-02",
-        "--pattern sub-01*series.tsv": "1 files .* of 1 people .sub-01.: need two people",
-        "--min_timepoints 41": "3 are shorter than --min_timepoints 41 .40, 40, 40.",
-        "--min_timepoints 19": "--min_timepoints 19, .*need .* 20 or more",
-        "--val_share 1.5": "--val_share is 1.5, .*need a share between 0 and 1",
+    (NAMELESS | {ONE: cells(X, "bacd")}, [], f"{TWO}: columns .* a, b, c ..., .*{ONE} b, a, c"),
+    (NAMELESS | {ONE: cells(X, "")}, [], f"{TWO}: columns .*, .*{ONE} none"),
+    ({"coords.csv": "id,x,y,z\na,1,2,3\n,4,5,6\nc,7,8,9\n,-1,-2,-3\n"}, [],
+     f"{ONE}: .*--coords .*: .*row 3.*row 5.*: b, d;"),
+    ({"a.mat": ""}, ["--pattern=*.mat"], "--pattern .*.tsv .*.1D .npy .ptseries.nii; .*a.mat"),
+    *(({}, flags.split(), message) for flags, message in {
+        "--pattern *.nii": "--pattern '.*.nii' .*sub-01_task.*tsv, motion.tsv, sub-02",
+        "--pattern sub-01*series.tsv": "1 files .*1 participants .sub-01.*two",
+        "--min_timepoints 41": "3 .*--min_timepoints 41 .40, 40, 40.",
+        "--min_timepoints 19": "--min_timepoints .* 20 .*19",
+        "--val_fraction 1.5": "--val_fraction .* 0 and 1 .*1.5",
         "--subject_pattern sub-": "--subject_pattern sub-: .*one group",
         "--subject_pattern (a": "--subject_pattern .a: ",
-        "--subject_pattern sub-(02)": f"{ONE}: who is it.*now sub-.02"}.items())]
+        "--subject_pattern sub-(02)": f"{ONE}: cannot find .*now sub-.02"}.items())]
 
-@pytest.mark.parametrize("changes, flags, told", WRONG, ids=[told for *_, told in WRONG])
-def test_a_fault_in_files_of_a_lab_is_told_in_one_line(tmp_path, monkeypatch, changes, flags, told):
-    pytest.importorskip("pandas")
+@pytest.mark.parametrize("changes, flags, message", WRONG, ids=[message for *_, message in WRONG])
+def test_a_fault_in_files_of_a_lab_is_one_line(tmp_path, monkeypatch, changes, flags, message):
     code, printed = files_here([*lab(tmp_path, changes), *flags], monkeypatch)
-    assert re.fullmatch(f"sample_data.py: .*{told}.*", printed.splitlines()[-1]), printed
+    assert re.fullmatch(f"sample_data.py: .*{message}.*", printed.splitlines()[-1]), printed
     assert code == 2 and not (tmp_path / "data").exists()
 
+ABIDE = """UCLA_1_0051201 UCLA_1_0051202 UCLA_2_0051291 UM_1_0050272 UM_2_0050381
+Leuven_1_0050682 MaxMun_a_0051315 MaxMun_c_0051323 NYU_0050952 Pitt_0050003 SBL_0051556
+Caltech_0051456""".split()
+
+def test_names_of_abide_give_each_file_its_participant(tmp_path, monkeypatch, capsys):
+    line = lab(tmp_path, {f"{name}_rois_cc200.1D": cells(X, "") for name in ABIDE} | {
+        "participants.tsv": "participant_id\tAGE\n50952\t21\n"}) + ["--pattern=*.1D"]
+    code, printed = files_here(line, monkeypatch)
+    proposed = shlex.split(printed[printed.index("'"):])[0]
+    line_without = [flag for flag in line if "--participants" not in flag]
+    for pattern, subjects in (proposed, ABIDE), ("_([0-9]{7})_", [name[-7:] for name in ABIDE]):
+        flags = line_without if pattern == proposed else line
+        code, printed = files_here([*flags, f"--subject_pattern={pattern}"], monkeypatch)
+        rows = [row for split in ("train", "val") for row in brainlm.read_arrow(
+            tmp_path / "data" / split).to_pylist()]
+        assert code == 0 and sorted(row["Subject"] for row in rows) == sorted(subjects)
+        assert "longest" not in printed
+    assert {row["AGE"] for row in rows if row["Subject"] == "0050952"} == {21}
+
+def test_a_note_says_that_a_pattern_finds_few_participants_in_files_of_other_numbers(capsys):
+    files = [Path(f"{site}_1_00{k}_rois.1D") for site, start in (("UM", 50000), ("UCLA", 51000))
+             for k in range(start, start + 8)]
+    for pattern, note in ("^([A-Za-z]+_[0-9])", True), ("_([0-9]{7})_", False):
+        sample_data.find_participants(files, Path("."), pattern)
+        printed = capsys.readouterr().out
+        assert bool(re.match("note: .* 2 .*16 files.* 8.*0050000, 0050001", printed)) == note
+    files = [Path(f"s{k}_run-{run}.npy") for k in range(8) for run in (1, 2)]
+    sample_data.find_participants(files, Path("."), "(s[0-9])")
+    assert not capsys.readouterr().out
+
+def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    line = [flag.replace(str(tmp_path / "home"), "~") for flag in lab(tmp_path / "home", {})]
+    assert sum("~" in flag for flag in line) == 4
+    code, printed = files_here(line, monkeypatch)
+    assert code == 0 and f"--train_dataset_path {tmp_path}/home/data/train" in printed
+    write_dataset("~/n", {"n": [1]})
+    make_sample_data("~/made", 1, 1, num_parcels=6, num_timepoints=40)
+    for folder in "data/val", "n", "made/train":
+        assert (tmp_path / "home" / folder / "state.json").exists()
+    assert not Path("~").exists()
+
+def test_rows_may_come_one_at_a_time_and_are_not_held(tmp_path):
+    arrays, most = weakref.WeakValueDictionary(), 0
+
+    def rows():
+        nonlocal most
+        for k in range(40):
+            array = numbers(30, 3, seed=k)
+            arrays[k] = array
+            most = max(most, len(arrays))
+            yield {"R": array, **({"age": k + 0.5} if k > 20 else {}), "n": None if k < 20 else k}
+            del array
+    write_dataset(tmp_path / "data", rows())
+    columns = {"R": [numbers(30, 3, seed=k) for k in range(40)], "n": [None] * 20 + [
+        *range(20, 40)], "age": [None] * 21 + [k + 0.5 for k in range(21, 40)]}
+    write_dataset(tmp_path / "same", columns)
+    contents = [(tmp_path / name / "data-00000-of-00001.arrow").read_bytes()
+                for name in ("data", "same")]
+    assert contents[0] == contents[1] and most <= 2
+    assert sorted(os.listdir(tmp_path / "data")) == sorted(os.listdir(tmp_path / "same"))
+
+def test_conversion_holds_one_recording_at_a_time(tmp_path, monkeypatch):
+    arrays, most, cleaned = weakref.WeakValueDictionary(), [], sample_data.cleaned
+
+    def counted(series, file):
+        arrays[file] = recording = cleaned(series, file)
+        most.append(len(arrays))
+        return recording
+    monkeypatch.setattr(sample_data, "cleaned", counted)
+    files = {f"sub-{k}_timeseries.npy": X for k in range(4, 9)}
+    assert files_here(lab(tmp_path, files), monkeypatch)[0] == 0
+    assert len(most) == 8 and max(most) <= 2
+
+def test_a_long_table_is_read_about_as_fast_as_its_numbers_are_parsed(tmp_path):
+    names = [f"P{k}" for k in range(424)]
+    text = cells(numbers(300, 424), names)
+    (tmp_path / "a.tsv").write_text(text)
+
+    def seconds(function):
+        times = []
+        for _ in range(3):
+            begin = time.process_time()
+            function()
+            times.append(time.process_time() - begin)
+        return min(times)
+    reading = seconds(lambda: sample_data.read_series(tmp_path / "a.tsv", "auto", [names], 424))
+    lines = text.splitlines()[1:]
+    assert reading < 7 * seconds(lambda: np.array([[*map(float, line.split())] for line in lines]))
+
 def test_the_printed_command_runs_in_a_shell_in_a_folder_with_a_space_and_an_umlaut(tmp_path):
-    pytest.importorskip("pandas")
     folder = tmp_path / "my f\u00f6lder"
     line = [sys.executable, str(REPOSITORY / "sample_data.py"), *lab(folder, {})]
     printed = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=True).stdout
@@ -1823,12 +1973,15 @@ def test_the_printed_command_runs_in_a_shell_in_a_folder_with_a_space_and_an_uml
     subprocess.run(command, shell=True, cwd=folder, check=True)
     assert (folder / "runs/mine/pytorch_model.bin").exists()
 
-def test_without_pandas_one_line_says_how_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    code, printed = files_here(lab(tmp_path, {}), monkeypatch)
-    assert code == 2 and re.fullmatch("sample_data.py: .*: pip install pandas\n", printed)
+def test_files_need_no_pandas_and_one_line_says_how_to_install_nibabel(tmp_path, monkeypatch):
+    for package in "pandas", "nibabel":
+        monkeypatch.setitem(sys.modules, package, None)
+    assert files_here(lab(tmp_path, {}), monkeypatch)[0] == 0
+    code, printed = files_here(lab(tmp_path, {CIFTI: b""}), monkeypatch)
+    assert code == 2 and printed.startswith("sample_data.py: ")
+    assert printed.endswith(": pip install nibabel\n")
 
-def test_masked_is_missing_and_complex_numbers_are_refused(tmp_path):
+def test_masked_is_missing_and_complex_numbers_raise(tmp_path):
     signal = np.ma.array(numbers(60, 3), mask=np.arange(180).reshape(60, 3) == 13)
     ages = np.ma.array([61, 70], mask=[False, True])
     write_dataset(tmp_path / "data", {"R": [signal, numbers(60, 3)], "Age": ages, "n": [*ages]})
@@ -1837,9 +1990,9 @@ def test_masked_is_missing_and_complex_numbers_are_refused(tmp_path):
     assert np.array_equal(written, signal.filled(np.nan), equal_nan=True)
     with pytest.raises(ValueError, match="^timepoint 4, parcel 1 is nan"):
         robust_scale(signal)
-    for refuse in robust_scale, lambda x: write_dataset(tmp_path / "complex", {"R": [x]}):
+    for function in robust_scale, lambda x: write_dataset(tmp_path / "complex", {"R": [x]}):
         with pytest.raises(ValueError, match="complex64"):
-            refuse(numbers(60, 3) * np.complex64(1j))
+            function(numbers(60, 3) * np.complex64(1j))
 
 def test_columns_may_be_of_numpy_torch_and_pandas(tmp_path):
     tensor = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
@@ -1853,7 +2006,7 @@ def test_columns_may_be_of_numpy_torch_and_pandas(tmp_path):
     expected |= {"name": ["x", None], "score": [None, 3.0]} | dict.fromkeys("RP", tensor.tolist())
     assert {name: column_of(tmp_path / "data", name) for name in expected} == expected
     assert np.array_equal(robust_scale(columns["P"][0]), robust_scale(tensor[0]))
-    with pytest.raises(ValueError, match="need numbers .*found"):
+    with pytest.raises(ValueError, match="timepoints, parcels"):
         robust_scale(table)
 
 IMAGES = """
