@@ -74,8 +74,8 @@ class Sketch:
                                      height / all_height))
 
     def text(self, x, y, words, **style):
-        self.axis.text(x, y, words, **{"ha": "center", "va": "center", "color": "0.15", "fontsize": 10,
-                                       "linespacing": 1.3} | style)
+        self.axis.text(x, y, words, **{"ha": "center", "va": "center", "color": "0.15",
+                                       "fontsize": 10, "linespacing": 1.3} | style)
 
     def title(self, x, y, words):
         self.text(x, y, words, ha="left", va="baseline", weight="bold", fontsize=12.5)
@@ -297,9 +297,11 @@ def predictions_picture(path, source, tables):
     figure, axis = plt.subplots(figsize=(WIDTH / 2, WIDTH / 2), layout="constrained")
     axis.scatter(target, prediction, s=50, facecolors="none", linewidths=1.8,
                  edgecolors=STYLES["BrainLM"]["color"])
-    axis.axline((target[0], target[0]), slope=1, color="0.6", linestyle="--", zorder=0)
-    axis.set_title("{}\nR2 {R2:.2f}, mean absolute error {MAE:.2g}, r {r:.2f}".format(
-        title, **{name: score or 0 for name, score in table["BrainLM"].items()}), fontsize=11)
+    both = min(target + prediction), max(target + prediction)
+    axis.plot(both, both, color="0.6", linestyle="--", zorder=0)
+    R2, MAE, r = (np.nan if table["BrainLM"][name] is None else table["BrainLM"][name]
+                  for name in ("R2", "MAE", "r"))
+    axis.set_title(f"{title}\nR2 {R2:.2f}, mean absolute error {MAE:.2g}, r {r:.2f}", fontsize=11)
     axis.set(xlabel=f"{column}: target", ylabel=f"{column}: prediction", aspect="equal")
     axis.text(0.97, 0.03, "dashed: prediction = target", transform=axis.transAxes, ha="right",
               color="0.4", fontsize=10)
@@ -363,8 +365,8 @@ def architecture_picture(path, V=4, N=4, P=20):
     text(13, 43.2, "front", ha="right", fontsize=9, color="0.45")
     curves(17.2, 54.3, reconstructed=False)
     text(27.4, 62.2, "time steps")
-    text(1, 36.6, "BOLD, cut into patches of 20 timepoints. A training\nstep leaves out half of the "
-         "parcels; of the others,\nhalf are masked at each time step (grey).", ha="left",
+    text(1, 36.6, "BOLD, cut into patches of 20 timepoints. A training\nstep leaves out half of "
+         "the parcels; of the others,\nhalf are masked at each time step (grey).", ha="left",
          fontsize=9.5)
 
     # 2. Tokens.
@@ -413,8 +415,8 @@ def architecture_picture(path, V=4, N=4, P=20):
         spine.set(visible=True, edgecolor="0.5")
     text(70.5, 28, "block-causal mask", fontsize=9.5)
     text(70.5, 3.8, "key (blue: may attend)", fontsize=9.5)
-    box(82, 14.2, 17, 14.2, "Attention\n\nSpatial and temporal\nencoding enter the\nqueries and keys\n"
-        "of each layer again.", "white", fontsize=9.5)
+    box(82, 14.2, 17, 14.2, "Attention\n\nSpatial and temporal\nencoding enter the\n"
+        "queries and keys\nof each layer again.", "white", fontsize=9.5)
     box(82, 4.2, 17, 6.6, "MLP, each token\nby itself", "white", fontsize=9.5)
     arrow((90.5, 14.1), (90.5, 11))
 
@@ -431,8 +433,8 @@ def architecture_picture(path, V=4, N=4, P=20):
     title(1, 3.4, "6  Prediction")
     text(14.5, 3.9, "age, clinical scores", ha="left")
     arrow((54.3, 3.9), (51.6, 3.9))
-    box(33.2, 1, 18.3, 6, "regression head: MLP on\nCLS, mean and standard\ndeviation of the tokens",
-        fontsize=9)
+    box(33.2, 1, 18.3, 6, "regression head: MLP on\nCLS, mean and standard\n"
+        "deviation of the tokens", fontsize=9)
     arrow((33, 3.9), (30.6, 3.9))
     save(sketch.figure, path)
 
@@ -461,7 +463,8 @@ def mask_picture(path, N=4, V=3):
             (0, "CLS attends to all tokens."),
             (3, "A parcel attends to all parcels of its own time\nstep (dark) and of earlier time "
                 "steps (light),\nmasked tokens included."),
-            (7, "It does not attend to later time steps: the\nsame model fills gaps and forecasts."),
+            (7, "It does not attend to later time steps: the\n"
+                "same model fills gaps and forecasts."),
             (11, "No parcel attends to CLS (first column): CLS\nattends to the future, and would "
                  "pass it on.")):
         axis.annotate(words, (0, 0), (N * V + 1, row), va="center", fontsize=12,
