@@ -1,12 +1,13 @@
-"""The tables of the READMEs, from the evaluation.json of runs that differ by their seed alone:
+"""Tables of the READMEs, from the evaluation.json of runs that differ only in their seed.
 
-    python benchmarks/results.py NAME RUN [RUN ...]     # into results.json, and into the READMEs
-    python benchmarks/results.py networks RUN ...       # of each evaluation only such tables
-    python benchmarks/results.py                        # into the READMEs, from results.json
+    python benchmarks/results.py NAME RUN [RUN ...]     # into results.json and into the READMEs
+    python benchmarks/results.py networks RUN ...       # only the tables of functional networks
+    python benchmarks/results.py                        # from results.json into the READMEs
 
-A table stands in README.md or benchmarks/README.md below a line `<!-- results: NAME -->`: means
-over the runs, their standard deviation where it shows, the best of a column in bold. A test
-compares.
+In README.md or benchmarks/README.md, tables stand below a line `<!-- results: NAME -->`, or, with
+some columns only, `<!-- results: NAME: R2, MAE -->`. They show the mean over the runs, the standard
+deviation where it is at least 0.0005, and the best value of a column in bold. A test compares them
+with results.json.
 """
 
 import json
@@ -21,8 +22,8 @@ READMES = HERE.parent / "README.md", HERE / "README.md"
 LOWER_IS_BETTER = "MSE", "MAE"
 
 def collect(name, runs):
-    """{title: {method: {score: [mean, standard deviation]}}} over the runs' evaluation.json. Tables
-    of functional networks are for the name "networks", the others for any other name."""
+    """{title: {method: {score: [mean, standard deviation]}}} over the runs' evaluation.json: the
+    tables of functional networks if the name is "networks", else all others."""
     tables = [json.loads(Path(run, "evaluation.json").read_text())["tables"] for run in runs]
     collected = {}
     for title, table in tables[0].items():
@@ -43,10 +44,11 @@ def cell(mean, deviation, best):
     text = f"**{text}**" if best else text
     return text + (f" ± {deviation:.3f}" if deviation >= 0.0005 else "")
 
-def markdown(tables):
+def markdown(tables, only=None):
+    """The tables as Markdown; only: the columns to show."""
     lines = []
     for title, table in tables.items():
-        columns = list(next(iter(table.values())))
+        columns = [name for name in next(iter(table.values())) if not only or name in only]
         best = {}
         for name in columns:
             means = [row[name][0] for row in table.values() if row[name][0] == row[name][0]]
@@ -60,13 +62,15 @@ def markdown(tables):
 
 def with_tables(text, results):
     """A README's text with the tables of results.json below their lines."""
-    def below(found):
-        line, name = found[1], found[2]
-        return line + markdown(results[name]).rstrip("\n") + "\n" if name in results else found[0]
-    return re.sub(r"(<!-- results: (\S+) -->\n)(?:\|.*\n|\n(?=\|))*", below, text)
+    def with_table(found):
+        line, name, only = found.groups()
+        if name not in results:
+            return found[0]
+        return line + markdown(results[name], only and only.split(", ")).rstrip("\n") + "\n"
+    return re.sub(r"(<!-- results: (\S+?)(?:: (.*))? -->\n)(?:\|.*\n|\n(?=\|))*", with_table, text)
 
 def add_tables(more):
-    """{name: tables} more into results.json, and all of it into the READMEs."""
+    """Add {name: tables} to results.json, and write all of it into the READMEs."""
     file = HERE / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {}
     results |= more
