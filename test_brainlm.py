@@ -24,8 +24,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-import tracemalloc
 import time
+import tracemalloc
 import types
 import weakref
 from dataclasses import asdict, fields
