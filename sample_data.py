@@ -14,14 +14,12 @@ import hashlib
 import inspect
 import io
 import json
-import math
 import os
 import re
 import shlex
 import tempfile
 import warnings
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,76 +29,88 @@ RECORDING_COL = "Voxelwise_RobustScaler_Normalized_Recording"
 
 # Writing a dataset --------------------------------------------------------------------------------
 
-NUMERIC = "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64".split()
-HF_NAMES = {pa.string(): "string", pa.bool_(): "bool", pa.null(): "null",
-            **{pa.from_numpy_dtype(name): name for name in NUMERIC}}
-
-def write_dataset(folder, columns):
+def write_dataset(folder, rows):
     """Write a dataset in the layout of `datasets.Dataset.save_to_disk`.
 
-    `columns` is a dict of name -> one value per row, or an iterable of rows, each a dict of name ->
-    value; a generator of rows keeps only one row in memory. Values are strings, ints, floats, bools
-    or arrays (timepoints, parcels) of numpy, torch or pandas, which keep their dtype and may differ
-    in length; None, NaN and masked values are missing. An older dataset in `folder` is replaced
-    when the new one is complete. Only one process at a time may write to a folder.
+    `rows` is a dict of name -> one value per row, or an iterable of rows, each a dict of name ->
+    value, of which one at a time is in memory. Values are strings, ints, floats, bools or arrays
+    (timepoints, parcels) of numpy, torch or pandas, all of one dtype; lengths may differ. None, NaN
+    and masked values are missing. The first row of an iterable decides the types; a value missing
+    there is `pyarrow.scalar(None, type)`. An older dataset is replaced when all is written.
     """
     folder = Path(folder).expanduser().resolve()
-    present = os.listdir(folder) if folder.exists() else []
-    if present and "state.json" not in present:
-        raise ValueError(f"{folder} is not a dataset: it holds {present[0]}; choose another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    write_datasets(folder.parent, {folder.name: rows})
 
-    # Write to a temporary folder and rename it, so that a killed process leaves no partial dataset.
-    with (tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside,
-          open(Path(beside, "arrays"), "w+b") as disk):
-        if not hasattr(columns, "items"):
-            columns = columns_of([{name: on_disk(value, disk) for name, value in row.items()}
-                                  for row in columns])
-        columns = {name: [*as_numpy(values)] for name, values in columns.items()}
-        lengths = {name: len(values) for name, values in columns.items()}
-        if len({*lengths.values()}) != 1 or 0 in lengths.values():
-            raise ValueError(f"expected columns of one length, at least 1; found {lengths}")
-        types = {name: column_type(name, values) for name, values in columns.items()}
-        features = {name: hf_feature(type_) for name, type_ in types.items()}
-        metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-        schema = pa.schema(list(types.items()), metadata)
-        new, shard = Path(beside, "new"), "data-00000-of-00001.arrow"
-        new.mkdir()
-        with pa.ipc.new_stream(new / shard, schema) as stream:
-            for i in range(0, max(lengths.values()), 16):
-                batch = [column_values(columns[name][i:i + 16], types[name]) for name in types]
-                stream.write_batch(pa.record_batch(batch, schema=schema))
-        content = hashlib.sha256()
-        with open(new / shard, "rb") as file:
-            while chunk := file.read(2 ** 20):
-                content.update(chunk)
-        state = {"_data_files": [{"filename": shard}],
-                 "_fingerprint": content.hexdigest()[:16],  # `datasets` names its cache after this
-                 "_format_columns": None, "_format_kwargs": {}, "_format_type": None,
-                 "_output_all_columns": False, "_split": None}
-        (new / "state.json").write_text(json.dumps(state, indent=2))
-        (new / "dataset_info.json").write_text(json.dumps({"features": features}, indent=2))
-        if folder.exists():
-            folder.rename(Path(beside, "old"))
-        new.rename(folder)
+def write_datasets(folder, datasets):
+    """Write {name: rows} below a folder; all or, after an error, none. One process at a time."""
+    folder = Path(folder).expanduser()
+    for name in datasets:
+        present = os.listdir(folder / name) if (folder / name).exists() else []
+        if present and "state.json" not in present:
+            raise ValueError(f"{folder / name} holds {present[0]}, no dataset; choose another")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
+        for name, rows in datasets.items():
+            write_files(Path(temporary, name), rows)
+        for name in datasets:
+            if (folder / name).exists():
+                (folder / name).rename(Path(temporary, f"old {name}"))
+            Path(temporary, name).rename(folder / name)
 
-def columns_of(rows):
-    """Convert rows, dicts of name -> value, to a dict of name -> values, with None for missing."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
+def write_files(folder, rows):
+    rows = iter(rows_of(rows) if hasattr(rows, "items") else rows)
+    row, number = next(rows, None), 0
+    if not row:
+        raise ValueError("expected at least one row and one column")
+    types = {name: array.type for name, array in arrow_arrays(row, number, {}).items()}
+    schema, shard = pa.schema(list(types.items())), "data-00000-of-00001.arrow"
+    content = hashlib.sha256(schema.serialize())
+    folder.mkdir()
+    with pa.ipc.new_stream(folder / shard, schema) as stream:
+        while row is not None:
+            if row.keys() != types.keys():
+                raise ValueError(f"row {number} has columns {[*row]}, but row 0 has {[*types]}")
+            batch = pa.RecordBatch.from_pydict(arrow_arrays(row, number, types), schema)
+            stream.write_batch(batch)
+            content.update(batch.serialize())
+            row, number = next(rows, None), number + 1
+    state = {"_data_files": [{"filename": shard}],
+             "_fingerprint": content.hexdigest()[:16],  # `datasets` names its cache after this
+             "_format_columns": None, "_format_kwargs": {}, "_format_type": None,
+             "_output_all_columns": False, "_split": None}
+    (folder / "state.json").write_text(json.dumps(state, indent=2))
+    (folder / "dataset_info.json").write_text("{}")  # `datasets` takes the types from the file
 
-def on_disk(value, file):
-    """Move an array to an open file: return a function that loads it. Return other values as is."""
-    value = as_numpy(value)
-    if not isinstance(value, np.ndarray):
-        return value
-    start = file.seek(0, os.SEEK_END)
-    np.save(file, value)
+def rows_of(columns):
+    """Convert a dict of columns to rows, in which scalars have the type of their whole column."""
+    columns = {name: [*map(as_numpy, as_numpy(values))] for name, values in columns.items()}
+    lengths = {name: len(values) for name, values in columns.items()}
+    if len({*lengths.values()}) != 1:
+        raise ValueError(f"expected columns of one length; found {lengths}")
+    for name, values in columns.items():
+        if not any(isinstance(value, np.ndarray) for value in values):
+            with input_errors(f"column {name!r}"):
+                columns[name] = [*pa.array(values, from_pandas=True)]  # NaN among text is missing
+    return (dict(zip(columns, values)) for values in zip(*columns.values()))
 
-    def read():
-        file.seek(start)
-        return np.load(file)
-    return read
+def arrow_arrays(row, number, types):
+    """Convert a row to Arrow arrays of one element, by default of the values' own types."""
+    arrays = {}
+    for name, value in row.items():
+        with input_errors(f"column {name!r}, row {number}"):
+            value = as_numpy(value)
+            if isinstance(value, np.ndarray):
+                value = as_recording(value)
+                array = pa.array([[*np.ascontiguousarray(value, value.dtype.name)]])
+            elif isinstance(value, pa.Scalar):
+                array = pa.array([value.as_py()], value.type)
+            else:
+                array = pa.array([value], from_pandas=True)
+            type_ = types.get(name, array.type)
+            if type_ != array.type and (type_ == pa.null() or pa.types.is_list(type_)):
+                raise ValueError(f"expected {type_}, as in row 0, found {array.type}")
+            arrays[name] = array.cast(type_)
+    return arrays
 
 @contextlib.contextmanager
 def input_errors(what):
@@ -114,9 +124,7 @@ def input_errors(what):
         raise ValueError(f"{what}: {message}") from None
 
 def as_numpy(value):
-    """Convert values of torch, pandas, numpy.ma and `on_disk` to numpy; return others as is."""
-    if callable(value):
-        return value()
+    """Convert values of torch, pandas and numpy.ma to numpy; return others as is."""
     if isinstance(value, np.ma.MaskedArray):
         if value.ndim < 2:
             return value.tolist()  # None where masked
@@ -125,38 +133,12 @@ def as_numpy(value):
         return value.detach().cpu().numpy()[()]  # [()] turns an array of one number into a number
     return value.to_numpy() if hasattr(value, "to_numpy") else value
 
-def column_type(name, values):
-    """The Arrow type of a whole column, because a batch could contain only None."""
-    first = next((value for value in map(as_numpy, values) if value is not None), None)
-    if isinstance(first, np.ndarray):
-        for row, value in enumerate(map(as_numpy, values)):
-            shape, dtype = getattr(value, "shape", ()), getattr(value, "dtype", None)
-            usable = len(shape) == 2 and 0 not in shape and dtype.name in NUMERIC
-            if not usable or dtype != first.dtype:
-                raise ValueError(f"column {name!r}, row {row} is {dtype} of shape {shape}; need "
-                                 "arrays (timepoints, parcels) of one numeric dtype")
-        return pa.list_(pa.list_(pa.from_numpy_dtype(first.dtype.name)))
-    with input_errors(f"column {name!r}"):
-        values = [as_numpy(value) for value in values]
-        type_ = pa.array(values, from_pandas=True).type  # NaN among strings is missing
-    if type_ not in HF_NAMES:
-        raise ValueError(f"column {name!r} is {type_}; expected 2-D arrays, strings or numbers")
-    return type_
-
-def column_values(values, type_):
-    """Convert one batch of a column to an Arrow array."""
-    values = [as_numpy(value) for value in values]
-    if not pa.types.is_list(type_):
-        return pa.array(values, type_, from_pandas=True)
-    dtype = HF_NAMES[type_.value_type.value_type]
-    timepoints = [list(np.ascontiguousarray(value, dtype)) for value in values]
-    return pa.array(timepoints, type_)  # a list of 1-D arrays is faster than lists of numbers
-
-def hf_feature(type_):
-    """The feature in `datasets` for an Arrow type; all its versions know "Sequence"."""
-    if pa.types.is_list(type_):
-        return {"feature": hf_feature(type_.value_type), "_type": "Sequence"}
-    return {"dtype": HF_NAMES[type_], "_type": "Value"}
+def as_recording(value):
+    """Convert an array (timepoints, parcels) to numpy; raise if it is none."""
+    value = np.asarray(as_numpy(value))
+    if value.ndim != 2 or value.size == 0 or value.dtype.kind not in "iuf":
+        raise ValueError(f"expected numbers (timepoints, parcels), got {value.dtype} {value.shape}")
+    return value
 
 def robust_scale(recording, nan="raise", warn=None):
     """Scale (timepoints, parcels) to float32 with median 0 and interquartile range 1 per parcel.
@@ -165,16 +147,13 @@ def robust_scale(recording, nan="raise", warn=None):
     zero and reported through `warn`, by default `warnings.warn`. So is, with nan="zero", a parcel
     with NaN, masked or infinite values, or values of 1e30 or more; with nan="raise" they raise.
     """
-    recording = np.asarray(as_numpy(recording))
-    if recording.ndim != 2 or recording.size == 0 or recording.dtype.kind not in "biuf":
-        raise ValueError("expected a numeric array (timepoints, parcels), found "
-                         f"{recording.dtype} {recording.shape}")
+    recording = as_recording(recording)
     recording = recording.astype(np.result_type(recording, np.float32))  # integers would overflow
     broken = ~(abs(recording) < 1e30)  # NaN too; differences of larger numbers could overflow
     if nan != "zero" and broken.any():
         timepoint, parcel = np.argwhere(broken)[0]
         raise ValueError(f"timepoint {timepoint}, parcel {parcel} is {recording[timepoint, parcel]}"
-                         "; interpolate it, or pass nan='zero' to set the parcel to zero")
+                         "; interpolate it, or pass nan='zero'")
     recording[:, broken.any(axis=0)] = 0
     low, median, high = np.percentile(recording, [25, 50, 75], axis=0)
     silent = high - low <= 1e-6 * abs(recording).max(axis=0)
@@ -182,8 +161,7 @@ def robust_scale(recording, nan="raise", warn=None):
     scaled[:, silent] = 0
     if silent.any():
         parcels = ", ".join(map(str, np.flatnonzero(silent)))
-        warn = warn or partial(warnings.warn, stacklevel=2)
-        warn(f"parcels {parcels} have no signal or missing values and are set to zero")
+        (warn or warnings.warn)(f"parcels {parcels} have no signal or gaps and are set to zero")
     return scaled.astype(np.float32)
 
 # Synthetic recordings -----------------------------------------------------------------------------
@@ -206,27 +184,26 @@ def make_sample_data(output_dir, num_train=100, num_val=20, num_parcels=424, num
                      seed=0):
     """Write synthetic recordings, {train,val,coords}, with three kinds of structure to learn.
 
-    Space: parcels in the patches of a network (7 networks, each in both hemispheres) share most of
-    their signal, and neighbouring parcels share smooth noise. A third of the variance is white.
+    Space: parcels of one of 7 networks share signal, neighbours share noise; a third is white.
     Time: networks have their power at 0.01 to 0.1 Hz, so the past predicts the next few seconds.
-    Age, 45 to 80 years: (a) with age, the cutoff of the networks' spectrum rises from about 0.04 to
-    0.085 Hz, which does not change correlations between parcels; (b) the patches of the Default
-    network become less correlated, which does. Clinical scores correlate with each other and weakly
-    with age; one in ten is missing.
-    A recording depends only on `seed`, its split and its number, not on the number of recordings.
+    Age, 45 to 80 years: the cutoff of the networks' spectrum rises from about 0.04 to 0.085 Hz,
+    and the patches of the Default network become less correlated. Clinical scores correlate with
+    each other and weakly with age. A recording depends only on `seed`, its split and its number.
     """
     if min(num_train, num_val) < 1 or num_parcels < 2 or num_timepoints < 20 or seed < 0:
         raise ValueError(f"{num_train=}, {num_val=}, {num_parcels=}, {num_timepoints=}, {seed=} "
                          "must be at least 1, 1, 2, 20 and 0")
     brain = make_brain(num_parcels, np.random.default_rng([seed, 0, 0]))
-    write_dataset(Path(output_dir, "coords"), {
-        "Index": list(range(num_parcels)), **dict(zip("XYZ", brain["xyz"].T)),
-        "Network": brain["network"]})
-    for stream, split, count in (2, "val", num_val), (1, "train", num_train):  # train is last
-        write_dataset(Path(output_dir, split), (
-            {"Subject": f"{split}-{i:04d}",
-             **make_person(brain, num_timepoints, np.random.default_rng([seed, stream, i]))}
-            for i in range(count)))
+
+    def participants(split, stream, count):
+        for i in range(count):
+            rng = np.random.default_rng([seed, stream, i])
+            yield {"Subject": f"{split}-{i:04d}", **make_person(brain, num_timepoints, rng)}
+
+    write_datasets(output_dir, {
+        "coords": {"Index": list(range(num_parcels)), **dict(zip("XYZ", brain["xyz"].T)),
+                   "Network": brain["network"]},
+        "val": participants("val", 2, num_val), "train": participants("train", 1, num_train)})
     print(f"wrote {output_dir}/{{train,val,coords}}: {num_train} + {num_val} synthetic recordings "
           f"of {num_timepoints} timepoints x {num_parcels} parcels")
 
@@ -286,7 +263,8 @@ def make_person(brain, num_timepoints, rng):
                                         ("GAD7.Severity", 0, 21), ("Neuroticism", 0, 12))}
     for name in "Depressed.At.Baseline", "Self.Harm.Ever", "Not.Worth.Living":
         scores[name] = int(distress + rng.standard_normal() > 1.2)
-    scores = {name: None if rng.random() < 0.1 else score for name, score in scores.items()}
+    scores = {name: pa.scalar(None if rng.random() < 0.1 else score, pa.int64())
+              for name, score in scores.items()}
     return {"Age.At.MHQ": round(age, 2), **scores, RECORDING_COL: robust_scale(recording.T)}
 
 def time_courses(count, num_timepoints, cutoff, rng):
@@ -306,24 +284,6 @@ def unit_rows(matrix):
     """Scale rows of weights so that weighted sums of independent signals keep unit variance."""
     return matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
 
-# Surrogate recordings -----------------------------------------------------------------------------
-
-def surrogate(recordings, rng):
-    """A phase-randomised mixture of two recordings, float32 (timepoints, parcels).
-
-    Draws two recordings (possibly the same one twice) and rotates each Fourier component by a
-    random angle that is equal for all parcels, which preserves spectra and correlations (Prichard
-    and Theiler 1994, Phys. Rev. Lett. 73, 951). With few recordings it reduces overfitting.
-    """
-    pair = [np.asarray(recordings[i]) for i in rng.integers(len(recordings), size=2)]
-    num_timepoints, angle, mixture = min(map(len, pair)), rng.uniform(0, np.pi / 2), 0
-    for recording, weight in zip(pair, (np.cos(angle), np.sin(angle))):
-        recording = recording[:num_timepoints]
-        components = np.fft.rfft(recording - recording.mean(axis=0), axis=0)
-        rotations = np.exp(2j * np.pi * rng.random((len(components), 1)))
-        mixture = mixture + weight * np.fft.irfft(components * rotations, num_timepoints, axis=0)
-    return mixture.astype(np.float32)
-
 # Files of your own --------------------------------------------------------------------------------
 
 FORMATS = ".tsv .csv .txt .1D .npy .ptseries.nii"  # in any case, each with or without .gz
@@ -333,7 +293,6 @@ XCP_D = {"network_label": "network", "roi name": "label"}  # column names in its
 MISSING = "", "n/a", "na", "nan", "null", "none"  # cells without a value, in any case
 MISSING_CODES = 99, 777, 888, 999, 8888, 9999  # and their negatives, common codes for n/a
 WINDOW, PATCH = 200, 20  # defaults of brainlm.py, in timepoints
-FEW = 50  # with fewer recordings, the default of 8 epochs is less than 200 steps
 
 def make_files_data(input_dir, coords, participants, output_dir, pattern, subject_pattern, header,
                     val_fraction, min_timepoints, tr, seed):
@@ -342,82 +301,53 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, subjec
         raise ValueError(f"--val_fraction must be between 0 and 1 (got {val_fraction})")
     if min_timepoints < PATCH:
         raise ValueError(f"--min_timepoints must be at least {PATCH} (got {min_timepoints})")
-    if tr is not None and not tr > 0:
-        raise ValueError(f"--tr must be above 0 seconds (got {tr})")
     input_dir, coords, output_dir, participants = (
         path and Path(path).expanduser() for path in (input_dir, coords, output_dir, participants))
     with input_errors(coords):
         parcels, labellings = read_parcels(coords)
-    with input_errors(participants):
-        table = read_participants(participants) if participants else {}
     files = find_files(input_dir, pattern, [coords, participants or coords])
-    labelled_files = find_participants(files, input_dir, subject_pattern)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=output_dir.parent) as disk:
-        rows, lengths, short, unmatched, first, trs = [], [], [], 0, None, Counter()
-        for file, subject, session in labelled_files:
+    subjects, sessions = find_participants(files, input_dir, subject_pattern)
+    labels = sorted({*subjects})
+    report = f"{len(files)} files of {len(labels)} participants match --pattern {pattern!r}"
+    if len(labels) < 2:
+        raise ValueError(f"{report} ({listed(labels)}); expected at least two participants")
+    print(f"{report} ({listed(labels)})")
+    scalars = {"Subject": subjects, "File": [*map(str, files)]}
+    if participants:
+        with input_errors(participants):
+            scalars |= read_participants(participants, subjects, sessions)
+    # All recordings of a participant belong to the same split.
+    num_val = min(max(1, round(val_fraction * len(labels))), len(labels) - 1)
+    in_val = {*np.random.default_rng(seed).permutation(labels)[:num_val]}
+    trs, lengths = Counter(), {"val": [], "train": []}
+
+    def recordings(split):
+        for file, row in zip(files, rows_of(scalars)):
+            if (row["Subject"].as_py() in in_val) != (split == "val"):
+                continue
             with input_errors(file):
-                names, series, file_tr = read_series(file, header, labellings, len(parcels["X"]))
-                first = first or (file, names)
-                if not labellings and names != first[1]:
-                    raise ValueError(f"columns are named {listed(names)}, but in {first[0]} "
-                                     f"{listed(first[1])}; use one order, or add a column with "
-                                     f"these names to {coords}")
-                if len(series) < min_timepoints:
-                    short.append(len(series))
-                elif (recording := cleaned(series, file)) is not None:
-                    row = participant_row(table.get(plain(subject), []), session)
-                    unmatched += row is None
-                    trs[file_tr] += 1
-                    row = {**(row or {}), "Subject": subject, "File": str(file)}
-                    if file_tr or tr:
-                        row["TR"] = file_tr or tr
-                    rows.append({**row, RECORDING_COL: on_disk(recording, disk)})
-                    lengths.append(len(recording))
+                series, header_tr = read_series(file, header, labellings, len(parcels["X"]))
+                recording = cleaned(series, file, min_timepoints)
+            if recording is not None:
+                trs[header_tr or tr] += 1
+                lengths[split].append(len(recording))
+                row["TR"] = pa.scalar(header_tr or tr, pa.float64())
+                yield row | {RECORDING_COL: recording}
+        if not lengths[split]:
+            raise ValueError(f"no recording is left for {split}; lower --min_timepoints "
+                             f"({min_timepoints}) or add files")
 
-        subjects = sorted({row["Subject"] for row in rows})
-        report = (f"{len(files)} files match --pattern {pattern!r}; {len(short)} are shorter than "
-                  f"--min_timepoints {min_timepoints} ({listed(short)}); {len(rows)} are used, of "
-                  f"{len(subjects)} participants ({listed(subjects)})")
-        if len(subjects) < 2:
-            raise ValueError(f"{report}; training and validation need at least two participants")
-        print(report)
-        if subject_pattern and len(subjects) >= len(rows) - 1:
-            print(f"note: --subject_pattern finds {len(subjects)} participants in {len(rows)} "
-                  "files; check that no participant has two labels")
-        if len({each or tr for each in trs} | {tr or next(iter(trs))}) > 1:
-            found = ", ".join(f"{each or 'unknown'} in {trs[each]} files" for each in trs)
-            print(f"note: the TR differs: --tr is {tr}, headers have {found}; column TR holds the "
-                  "header's. The model does not know the TR, so convert only files of one TR")
-        if first[1] and not labellings:
-            print(f"note: no column of {coords} names the parcels; its rows must be in the order "
-                  f"of the columns of the files ({listed(first[1])})")
-        if participants:
-            absent = sorted(table.keys() - {plain(subject) for subject in subjects})
-            report = (f"{participants}: {unmatched} of {len(rows)} recordings have no row; "
-                      f"{len(absent)} of {len(table)} participants have no recording "
-                      f"({listed(absent)})")
-            if unmatched == len(rows):
-                raise ValueError(report)
-            print(report)
-
-        # All recordings of a participant belong to the same split.
-        num_val = min(max(1, round(val_fraction * len(subjects))), len(subjects) - 1)
-        in_val = {*np.random.default_rng(seed).permutation(subjects)[:num_val]}
-        write_dataset(output_dir / "coords", parcels)
-        blank = dict.fromkeys(name for row in rows for name in row)
-        for split in "val", "train":
-            chosen = [blank | row for row in rows if (row["Subject"] in in_val) == (split == "val")]
-            write_dataset(output_dir / split, columns_of(chosen))
-    program = shlex.quote(os.path.relpath(Path(__file__).with_name("brainlm.py")))
-    data = shlex.quote(str(output_dir))
-    window = min(WINDOW, min(lengths) // PATCH * PATCH)
-    steps = "--max_steps 200 " if len(chosen) < FEW else ""
-    print(f"wrote {output_dir}/{{train,val,coords}}: {len(subjects) - num_val} participants to "
-          f"train and {num_val} to validate. Next:\n\npython {program} pretrain "
-          f"--train_dataset_path {data}/train --val_dataset_path {data}/val "
-          f"--coords_dataset_path {data}/coords "
-          f"--num_timepoints_per_voxel {window} {steps}--output_dir runs/mine")
+    datasets = {"coords": parcels, "val": recordings("val"), "train": recordings("train")}
+    write_datasets(output_dir, datasets)
+    if len(trs) > 1 or tr and tr not in trs:
+        found = ", ".join(f"{each or 'unknown'} in {count} files" for each, count in trs.items())
+        print(f"note: the TR is {found} (--tr is {tr}); the model does not know the TR; use one")
+    window = min(WINDOW, min(lengths["val"] + lengths["train"]) // PATCH * PATCH)
+    command = ["python", os.path.relpath(Path(__file__).with_name("brainlm.py")), "pretrain",
+               *(f"--{name}_dataset_path={output_dir}/{name}" for name in datasets),
+               f"--num_timepoints_per_voxel={window}", "--output_dir=runs/mine"]
+    print(f"wrote {output_dir}/{{train,val,coords}}: {len(lengths['train'])} recordings to train "
+          f"and {len(lengths['val'])} to validate. Next:\n\n{shlex.join(command)}")
 
 def listed(names):
     """The first three items, for a message."""
@@ -431,12 +361,12 @@ def find_files(folder, pattern, tables):
     patterns = [pattern.replace("**/", "*/" * folders) for folders in range(9)]
     picked = [file for file in there if any(map(file.relative_to(folder).match, patterns))]
     files = [file for file in picked if FORMAT.search(file.name)]
-    others = [file.name for file in picked if not FORMAT.search(file.name)]
+    others = [file.name for file in picked if file not in files]
+    if not files:
+        found = listed([file.name for file in picked or there])
+        raise ValueError(f"no file matches --pattern {pattern!r} and is {FORMATS}; got {found}")
     if others:
         print(f"{len(others)} files are ignored, as they are not {FORMATS} (.gz): {listed(others)}")
-    if not files:
-        raise ValueError(f"{folder}: no file matches --pattern {pattern!r} and ends in {FORMATS}; "
-                         f"found {listed([file.name for file in picked or there])}")
     return files
 
 def visible_files(folder, seen):
@@ -447,34 +377,33 @@ def visible_files(folder, seen):
             yield from visible_files(path, seen) if path.is_dir() else [path]
 
 def find_participants(files, folder, pattern):
-    """[(file, label, session or "")]: sub-<label>, or the group of a pattern, and ses-<label>."""
+    """The participant (sub-<label>, or the group of a pattern) and session of each file."""
     with input_errors(f"--subject_pattern {pattern}"):
         if pattern and re.compile(pattern).groups != 1:
             raise ValueError("expected a regular expression with one group in ( )")
     paths = [FORMAT.sub("", file.relative_to(folder).as_posix()) for file in files]
-    found, written = [], {}
+    subjects, sessions, written = [], [], {}
     for file, path in zip(files, paths):
         parts = [path] if pattern else re.findall("[^/]*(?<![A-Za-z])sub-[^/]*", path)
         labels = {match and match[1] for match in map(re.compile(pattern or BIDS).search, parts)}
-        sessions = {*re.findall("(?<![^/_])ses-([0-9A-Za-z]+)", path)} or {""}
-        if len(labels) != 1 or not all(labels) or len(sessions) > 1:
-            raise ValueError(f"{file}: cannot find one participant and at most one session; "
-                             "expected sub-<label>_key-value_suffix and ses-<label>; or pass "
-                             f"--subject_pattern (now {pattern}), as {example(path, paths)}")
-        label, = labels
-        other = written.setdefault(plain(label), label)
-        if other != label:
-            raise ValueError(f"{other} and {label} may be one participant or two; rename files or "
+        in_path = {*re.findall("(?<![^/_])ses-([0-9A-Za-z]+)", path)} or {""}
+        if len(labels) != 1 or not all(labels) or len(in_path) > 1:
+            raise ValueError(f"{file}: cannot find one sub-<label>_... and up to one ses-<label>; "
+                             f"pass --subject_pattern (now {pattern}), as {example(path, paths)}")
+        subjects += labels
+        sessions += map(plain, in_path)
+        other = written.setdefault(plain(subjects[-1]), subjects[-1])
+        if other != subjects[-1]:
+            raise ValueError(f"{other} and {subjects[-1]} may be one participant; rename files or "
                              "pass --subject_pattern")
-        found.append((file, label, plain(*sessions)))
-
-    counts, numbers = Counter(label for _, label, _ in found), [*map(longest_number, paths)]
-    (label, most), = counts.most_common(1)
-    if pattern and len({*numbers}) == len(files) and (2 * len(counts) <= len(files) or most > 9):
-        print(f"note: --subject_pattern {pattern} finds {len(counts)} participants in {len(files)} "
-              f"files ({label} in {most}), but the longest numbers in their names all differ "
-              f"({listed(numbers)}); to use these, pass {example(paths[0], paths)}")
-    return found
+    numbers, count = [*map(longest_number, paths)], len({*subjects})
+    note = f"note: --subject_pattern finds {count} participants in {len(files)} files"
+    if pattern and count >= len(files) - 1:
+        print(f"{note}; check that no participant has two labels")
+    elif pattern and 2 * count <= len(files) == len({*numbers}):
+        print(f"{note}, whose longest numbers all differ ({listed(numbers)}); to use these, pass "
+              f"{example(paths[0], paths)}")
+    return subjects, sessions
 
 def longest_number(path):
     """The longest run of digits in a path, or ""."""
@@ -492,12 +421,11 @@ def plain(label):
     return re.sub("^(sub-|ses-)?0*(?=.)", "", label)
 
 def read_bytes(file):
-    """The content of a file, decompressed."""
     with (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rb") as content:
         return content.read()
 
 def read_rows(file, num_parcels=None, labellings=()):
-    """The rows of a table, as lists of text, and its comments, the lines that start with #."""
+    """The rows of a table, as lists of text, and its comments: in .1D, lines that start with #."""
     content = read_bytes(file)
     if content[:4] in (b"PK\3\4", b"\xd0\xcf\x11\xe0"):
         raise ValueError("this is an Excel workbook, not text; save it as .csv or .tsv")
@@ -506,24 +434,24 @@ def read_rows(file, num_parcels=None, labellings=()):
     except UnicodeDecodeError:
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1")
     lines = [line.strip(" \n") for line in io.StringIO(text.strip("\r\n"), newline=None)]
-    comments = [line for line in lines if line.startswith("#")]
-    lines = [line for line in lines if not line.startswith("#")]
+    afni = re.search(r"\.1d(\.gz)?$", file.name.lower())
+    comments = [line for line in lines if afni and line.startswith("#")]
+    lines = [line for line in lines if line not in comments]
     if not any(lines):
         raise ValueError("the file has no rows")
     separator = next((mark for mark in "\t;," if mark in lines[0]), None)
     rows = (csv.reader(lines, delimiter=separator, skipinitialspace=True) if separator
             else map(str.split, lines))
     rows = [[*map(str.strip, row)] for row in rows]
-    # Remove empty last columns, from a separator at the end of every line.
+    # A separator at the end of every line makes an empty last column, which is no parcel.
     while len(rows) > 1 and all(row[-1:] == [""] for row in rows[1:]):
         width = len(rows[1])
         name = "".join(rows[0][width - 1:])
         if width == num_parcels or name and any(name in labels for labels in labellings):
-            break  # the column is a parcel without values
+            break
         if name:
             print(f"note: {file}: column {name} is empty and ignored")
-        for row in rows:
-            del row[width - 1:]
+        rows = [row[:width - 1] for row in rows]
     for number, row in enumerate(rows, start=1):
         if len(row) != len(rows[0]):
             raise ValueError(f"row {number} has {len(row)} cells, but row 1 has {len(rows[0])}")
@@ -534,7 +462,7 @@ def to_number(cell):
     try:
         return None if "_" in cell else float(cell)  # float() accepts 1_000
     except ValueError:
-        return math.nan if cell.lower() in MISSING else None
+        return np.nan if cell.lower() in MISSING else None
 
 def numbers(rows, names, first_row=1):
     """Convert rows of text to float64, with NaN for missing values; other text raises."""
@@ -547,7 +475,7 @@ def numbers(rows, names, first_row=1):
         if None in row:
             j = row.index(None)
             raise ValueError(f"row {i + first_row}, column {names[j]}: {rows[i][j]!r} is no number;"
-                             " use numbers or n/a, all decimals with points or all with commas")
+                             " write n/a if it is missing, and all decimals with , or all with .")
     return np.array(values, np.float64).reshape(-1, len(names))
 
 def column_numbers(cells):
@@ -557,63 +485,44 @@ def column_numbers(cells):
     except ValueError:
         return None
 
-def is_whole(values):
-    """Whether all values are integers or NaN."""
-    return not (values % 1 > 0).any()
+def whole(cells):
+    """Whether all cells are whole numbers or missing."""
+    return all(cell.lstrip("-").isdigit() or cell.lower() in MISSING for cell in cells)
 
-def has_header(names, values, labellings):
-    """Whether the first row, given as text and in `values`, holds names rather than a timepoint."""
-    if any({*names} >= {*labels} for labels in labellings):
+def has_header(rows, labellings):
+    """Whether the first row holds names of parcels rather than a timepoint."""
+    if column_numbers(rows[0]) is None or any({*rows[0]} >= {*labels} for labels in labellings):
         return True
-    ids = values[0, int(names[0] == ""):]  # pandas writes an empty name for its index
-    ids = ids[~np.isnan(ids)]
-    whole = 2 * len(ids) > len(names) and is_whole(ids) and len({*ids}) == len(ids)
-    if whole and is_whole(values[1:]):
-        raise ValueError(f"row 1 ({listed(names)}) may be names or values; pass --header yes or no")
-    return whole
-
-def names_in_comments(comments, width, labellings):
-    """Names of columns in a comment such as "#2001 #2002": one per column, or of most parcels."""
-    for line in comments:
-        names = re.findall('[^\\s#;,"]+', line)
-        if len(names) == width or any(2 * len({*names} & {*labels}) > len(labels)
-                                      for labels in labellings):
-            return names
-    return []
+    ids = [cell for cell in rows[0] if cell.lower() not in MISSING]
+    distinct = whole(ids) and len({*ids}) == len(ids) > len(rows[0]) / 2
+    if distinct and all(map(whole, rows[1:])):
+        raise ValueError(f"row 1 ({listed(ids)}) may be names or values; pass --header yes or no")
+    return distinct
 
 def read_text_series(file, header, labellings, num_parcels):
     """The names of the columns, [] if there are none, and the values [timepoints, columns]."""
     rows, comments = read_rows(file, num_parcels, labellings)
-    column, width = [row[0] for row in rows], len(rows[0])
+    column, width, names, first_row = [row[0] for row in rows], len(rows[0]), [], 1
     if any({*labels} in ({*column}, {*column[1:]}) for labels in labellings):
         raise ValueError("column 1 names the parcels; transpose the file: rows are timepoints")
-    in_comment = names_in_comments(comments, width, labellings)
-    if header == "yes" and not in_comment or header == "auto" and column_numbers(rows[0]) is None:
-        names, values = rows[0], numbers(rows[1:], rows[0], first_row=2)
-    else:
-        names, values = in_comment, numbers(rows, range(1, width + 1))
-        if header == "no":
-            names = []
-        elif not names and has_header(rows[0], values, labellings):
-            names, values = rows[0], values[1:]
-    if names and len(names) != width:
-        raise ValueError(f"{len(names)} names ({listed(names)}) do not fit {width} columns")
+    for words in (re.findall('[^\\s#;,"]+', line) for line in comments):
+        most = any(2 * len({*words} & {*labels}) > len(labels) for labels in labellings)
+        if not names and (most or len(words) == width):
+            names = words
+    if not names and header != "no" and (header == "yes" or has_header(rows, labellings)):
+        names, rows, first_row = rows[0], rows[1:], 2
+    values = numbers(rows, range(1, width + 1), first_row)
+    names = [] if header == "no" else names
     counts = np.array_equal(values[:, 0], np.arange(len(values)))
     if width > num_parcels and (counts or names[:1] == [""]):  # index of pandas
         return names[1:], values[:, 1:]
     return names, values
 
 def read_series(file, header, labellings, num_parcels):
-    """Names of the columns in the file, values in the order of --coords, and TR in the header.
-
-    Names are [] and the TR (seconds) None if missing; values are float64 [timepoints, parcels].
-    """
-    kind, names, tr = FORMAT.search(file.name)[1].lower(), [], None
+    """Values [timepoints, parcels] in the order of --coords, and the TR in the header or None."""
+    kind, names, tr, order = FORMAT.search(file.name)[1].lower(), [], None, slice(None)
     if kind == ".npy":
-        series = np.load(io.BytesIO(read_bytes(file)))
-        if series.ndim != 2 or series.dtype.kind not in "biuf":
-            raise ValueError("expected numbers (timepoints, parcels), found "
-                             f"{series.dtype} of shape {series.shape}")
+        series = as_recording(np.load(io.BytesIO(read_bytes(file))))
     elif kind == ".ptseries.nii":
         import nibabel
         image = nibabel.Cifti2Image.from_bytes(read_bytes(file))
@@ -627,36 +536,39 @@ def read_series(file, header, labellings, num_parcels):
     for row, column in np.argwhere(abs(series) >= 1e30):
         raise ValueError(f"timepoint {row + 1}, column {column + 1} is {series[row, column]}; "
                          "write n/a where a value is missing")
-
-    orders = [labels for labels in labellings if sorted(labels) == sorted(names)]
-    counted = names == [str(i) for i in range(len(names))]  # default names of pandas
-    if labellings and not orders and not counted:
-        labels = max(labellings, key=lambda labels: len({*labels} & {*names}))
-        lacking, surplus = Counter(labels) - Counter(names), Counter(names) - Counter(labels)
-        raise ValueError(f"names do not match: parcels of --coords without a column: "
-                         f"{listed([*lacking])}; columns without a parcel: {listed([*surplus])}; "
-                         "correct them, or pass --header no if row 1 or a comment has no names")
+    if names and names != [str(i) for i in range(len(names))]:  # default names of pandas
+        if not labellings:
+            print(f"note: no column of --coords names the parcels; its rows must be in the order "
+                  f"of the columns of {file} ({listed(names)})")
+            labellings.append(names)
+        order = column_order(names, labellings)
     if series.shape[1] != num_parcels:
         hint = "; is the file transposed?" * (len(series) == num_parcels)
-        raise ValueError(f"(timepoints, parcels) is {series.shape}, but --coords has {num_parcels} "
-                         f"parcels{hint}")
+        raise ValueError(f"{series.shape} does not fit {num_parcels} parcels in --coords{hint}")
+    return series[:, order], tr
+
+def column_order(names, labellings):
+    """The number of the column for each parcel of --coords."""
+    orders = [labels for labels in labellings if sorted(labels) == sorted(names)]
+    if not orders or len({*names}) < len(names):
+        labels = max(labellings, key=lambda labels: len({*labels} & {*names}))
+        lacking, surplus = Counter(labels) - Counter(names), Counter(names) - Counter(labels)
+        raise ValueError(f"parcels of --coords without a column: {listed([*lacking])}; columns "
+                         f"without a parcel: {listed([*surplus])}; correct the names, or pass "
+                         "--header no if these are values")
     if any(labels != orders[0] for labels in orders):
         raise ValueError("two columns of --coords match the names, in two orders; remove one")
-    if orders:
-        series = series[:, [names.index(label) for label in orders[0]]]
-    return names, series, tr
+    return [names.index(label) for label in orders[0]]
 
-def cleaned(series, file):
-    """Interpolate gaps in time and scale; return None if most timepoints have no values."""
-    gaps = np.isnan(series).all(axis=1)
-    if np.nansum(abs(series)):
-        gaps = (np.isnan(series) | (series == 0)).all(axis=1)  # censored volumes can be zeros
+def cleaned(series, file, min_timepoints):
+    """Interpolate gaps in time and scale; return None if too few timepoints have values."""
+    gaps = (np.isnan(series) | (series == 0)).all(axis=1)  # censored volumes can be zeros
     report = f"{file}: {gaps.sum()} of {len(series)} timepoints have no values (n/a or all zero)"
-    if 2 * gaps.sum() > len(series):
-        print(f"{report}, so the file is left out")
+    if len(series) < min_timepoints or 2 * gaps.sum() > len(series):
+        print(f"{report}; it is left out (--min_timepoints is {min_timepoints})")
         return None
     if gaps.any():
-        print(f"{report} and are interpolated")
+        print(f"{report}; they are interpolated")
     for signal in series.T:
         signal[gaps] = np.interp(np.flatnonzero(gaps), np.flatnonzero(~gaps), signal[~gaps])
     scaled = robust_scale(series, nan="zero", warn=lambda line: print(f"{file}: {line}"))
@@ -664,27 +576,29 @@ def cleaned(series, file):
         raise ValueError("no parcel has a signal that varies")
     if (abs(scaled) > 50).any():
         print(f"note: {file}: {(abs(scaled) > 50).sum()} values are spikes, above 50 after scaling")
-    if len(series) == series.shape[1]:
-        print(f"note: {file} has as many rows as columns; rows are taken as timepoints")
     return scaled
+
+def read_table(file):
+    """The columns of a table with a header, {name: cells}."""
+    (names, *rows), _ = read_rows(file)
+    if len({*names}) < len(names):
+        raise ValueError(f"two columns have the same name: {', '.join(names)}")
+    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
 def read_parcels(file):
     """The columns of the coords dataset, and a list of labels per column that can name parcels."""
-    (names, *rows), _ = read_rows(file)
+    table = read_table(file)
+    names = [*table]
     kinds = [re.sub("_?mni_?", "", XCP_D.get(name.lower(), name.lower())) for name in names]
     axes = "xyz" if {*"xyz"} & {*kinds} else "ras"
-    if axes == "xyz" and {*"ras"} <= {*kinds}:
-        print(f"note: {file}: x, y, z are used; R, A, S are ignored")
-    if [kinds.count(axis) for axis in axes] != [1, 1, 1] or len({*names}) < len(names):
-        raise ValueError("expected columns x, y, z (or R, A, S) and no name twice; found "
-                         f"{', '.join(names)}")
-    table = {name: [row[i] for row in rows] for i, name in enumerate(names)}
+    if [kinds.count(axis) for axis in axes] != [1, 1, 1]:
+        raise ValueError(f"expected columns x, y, z (or R, A, S); got {', '.join(names)}")
     axes = [names[kinds.index(axis)] for axis in axes]
     xyz = numbers([*zip(*(table[axis] for axis in axes))], axes, first_row=2)
     reach = abs(xyz).max(axis=1)  # at most 110 mm in a brain, in which some are negative
     for row in np.flatnonzero(~(reach < 200) | (reach < 1).all() | ~(xyz < 0).any()):
         raise ValueError(f"row {row + 2}: {', '.join(axes)} are {xyz[row].tolist()}; expected MNI "
-                         "coordinates in mm for every parcel, not voxel indices or metres")
+                         "coordinates in mm, not voxel indices")
     parcels, labellings = dict(zip("XYZ", xyz.T)), []
     for kind, (name, cells) in zip(kinds, table.items()):
         twice = [cell for cell, count in Counter(cells).items() if count > 1]
@@ -695,60 +609,55 @@ def read_parcels(file):
             parcels[kind.title()] = [None if cell.lower() in missing else cell for cell in cells]
         named = [cell for cell in cells if cell.lower() not in MISSING]
         values = column_numbers(cells)
-        if (name not in axes and (values is None or is_whole(values))
+        if (name not in axes and (values is None or whole(cells))
                 and len({*named}) == len(named) >= len(cells) / 2):
             labellings.append([f"{name} '{cell}' of row {row}" if cell in twice else cell
                                for row, cell in enumerate(cells, start=2)])
     return parcels, labellings
 
-def read_participants(file):
-    """{label: [(session or "", {column: value}), ...]}, with a pair for each row of the table."""
-    (names, *rows), _ = read_rows(file)
-    reserved = [*names, "Subject", "File", RECORDING_COL]
-    if "participant_id" not in names or len({*reserved}) < len(reserved):
-        raise ValueError("expected participant_id, no name twice and no Subject or File; found "
-                         f"{', '.join(names)}")
-    text = {name: [row[i] for row in rows] for i, name in enumerate(names)}
-    table, participants = {}, {}
+def read_participants(file, subjects, sessions):
+    """The columns of the table except participant_id, with a value, maybe None, per recording."""
+    text, table, rows_of_label, rows = read_table(file), {}, {}, []
+    if "participant_id" not in text or {*text} & {"Subject", "File", "TR", RECORDING_COL}:
+        raise ValueError(f"expected participant_id, no Subject, File or TR; got {', '.join(text)}")
     for name, cells in text.items():
         numeric = column_numbers(cells)
         values = cells if numeric is None else numeric.tolist()
         table[name] = [None if cell.lower() in MISSING else value
                        for cell, value in zip(cells, values)]
-        for value, count in {} if numeric is None else suspicious_values(numeric).items():
+        for value, count in {} if numeric is None else missing_codes(numeric).items():
             print(f"note: {file}: column {name} is {value:g} in {count} rows, far from the other "
                   "values; if this means missing, write n/a")
+    if None in table["participant_id"]:
+        raise ValueError(f"row {table['participant_id'].index(None) + 2} has no participant_id")
+    for row, subject in enumerate(text["participant_id"]):
+        rows_of_label.setdefault(plain(subject), []).append(row)
+    row_sessions = [plain(cell) * (cell.lower() not in MISSING)
+                    for cell in text.get("session_id", [""] * len(text["participant_id"]))]
+    for subject, session in zip(subjects, sessions):
+        own = [row for row in rows_of_label.get(plain(subject), [])
+               if not row_sessions[row] or session in ("", row_sessions[row])]
+        if len(own) > 1:
+            raise ValueError(f"{subject} has {len(own)} rows for one recording; add session_id")
+        rows.append(own[0] if own else None)
+    absent = [label for label in rows_of_label if label not in {*map(plain, subjects)}]
+    report = (f"{rows.count(None)} of {len(rows)} recordings have no row; {len(absent)} of "
+              f"{len(rows_of_label)} participants have no recording ({listed(absent)})")
+    if rows.count(None) == len(rows):
+        raise ValueError(report)
+    print(f"{file}: {report}")
     del table["participant_id"]
-    for i, subject in enumerate(text["participant_id"]):
-        if subject.lower() in MISSING:
-            raise ValueError(f"row {i + 2} has no participant_id")
-        row = {name: values[i] for name, values in table.items()}
-        session = "" if row.get("session_id") is None else plain(text["session_id"][i])
-        participants.setdefault(plain(subject), []).append((session, row))
-    return participants
+    return {name: [None if row is None else values[row] for row in rows]
+            for name, values in table.items()}
 
-def suspicious_values(values):
-    """{value: count} of values that may stand for "missing".
-
-    They are more than ten interquartile ranges from the quartiles of the distinct values, and occur
-    more than once or are one of MISSING_CODES.
-    """
+def missing_codes(values):
+    """{value: count} of values far from the others that are repeated or a common code for n/a."""
     counts = Counter(values[np.isfinite(values)].tolist())
-    others = [value for value in counts if abs(value) not in MISSING_CODES] or [0]
-    low, high = np.percentile(others, [25, 75])
-    reach = 10 * (high - low)
+    distinct = [value for value in counts if abs(value) not in MISSING_CODES] or [0]
+    low, high = np.percentile(distinct, [25, 75])
     return {value: count for value, count in counts.items()
-            if not low - reach <= value <= high + reach
+            if max(low - value, value - high) > 10 * (high - low)
             and (count > 1 or abs(value) in MISSING_CODES)}
-
-def participant_row(rows, session):
-    """{column: value} of a participant in a session, or None if the table has no such row."""
-    own = [row for at, row in rows if "" in (at, session) or at == session]
-    for name in own[0] if own else []:
-        values = sorted({str(row[name]) for row in own})
-        if len(values) > 1:
-            raise ValueError(f"{name} is {listed(values)} in --participants; add session_id")
-    return own[0] if own else None
 
 def main():
     parser = argparse.ArgumentParser(description="Write datasets for brainlm.py.",
