@@ -42,7 +42,7 @@ def write_dataset(folder, rows):
     write_datasets(folder.parent, {folder.name: rows})
 
 def write_datasets(folder, datasets):
-    """Write {name: rows} below a folder; all or, after an error, none. One process at a time."""
+    """Write {name: rows} below a folder; after an error, none of them."""
     folder = Path(folder).expanduser()
     for name in datasets:
         present = os.listdir(folder / name) if (folder / name).exists() else []
@@ -119,15 +119,13 @@ def input_errors(what):
         yield
     except Exception as error:
         message = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, ImportError):
-            message += f": pip install {error.name}"
         raise ValueError(f"{what}: {message}") from None
 
 def as_numpy(value):
     """Convert values of torch, pandas and numpy.ma to numpy; return others as is."""
+    if isinstance(value, np.ma.MaskedArray) and value.ndim < 2:
+        return value.tolist()  # None where masked
     if isinstance(value, np.ma.MaskedArray):
-        if value.ndim < 2:
-            return value.tolist()  # None where masked
         return value.astype(np.result_type(value, np.float16)).filled(np.nan)
     if hasattr(value, "detach"):
         return value.detach().cpu().numpy()[()]  # [()] turns an array of one number into a number
@@ -161,7 +159,7 @@ def robust_scale(recording, nan="raise", warn=None):
     scaled[:, silent] = 0
     if silent.any():
         parcels = ", ".join(map(str, np.flatnonzero(silent)))
-        (warn or warnings.warn)(f"parcels {parcels} have no signal or gaps and are set to zero")
+        (warn or warnings.warn)(f"parcels {parcels} (no signal or missing values) are set to zero")
     return scaled.astype(np.float32)
 
 # Synthetic recordings -----------------------------------------------------------------------------
@@ -308,10 +306,9 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, subjec
     files = find_files(input_dir, pattern, [coords, participants or coords])
     subjects, sessions = find_participants(files, input_dir, subject_pattern)
     labels = sorted({*subjects})
-    report = f"{len(files)} files of {len(labels)} participants match --pattern {pattern!r}"
+    print(f"{len(files)} files of {len(labels)} participants ({listed(labels)}) match --pattern")
     if len(labels) < 2:
-        raise ValueError(f"{report} ({listed(labels)}); expected at least two participants")
-    print(f"{report} ({listed(labels)})")
+        raise ValueError(f"expected at least two participants, found {listed(labels)}")
     scalars = {"Subject": subjects, "File": [*map(str, files)]}
     if participants:
         with input_errors(participants):
@@ -334,8 +331,7 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, subjec
                 row["TR"] = pa.scalar(header_tr or tr, pa.float64())
                 yield row | {RECORDING_COL: recording}
         if not lengths[split]:
-            raise ValueError(f"no recording is left for {split}; lower --min_timepoints "
-                             f"({min_timepoints}) or add files")
+            raise ValueError(f"no recording is left for {split}; lower --min_timepoints")
 
     datasets = {"coords": parcels, "val": recordings("val"), "train": recordings("train")}
     write_datasets(output_dir, datasets)
@@ -350,7 +346,6 @@ def make_files_data(input_dir, coords, participants, output_dir, pattern, subjec
           f"and {len(lengths['val'])} to validate. Next:\n\n{shlex.join(command)}")
 
 def listed(names):
-    """The first three items, for a message."""
     names = [str(name) or "''" for name in names or ["none"]]
     return ", ".join(names[:3]) + " ..." * (len(names) > 3)
 
@@ -359,14 +354,11 @@ def find_files(folder, pattern, tables):
     tables = [Path(table).resolve() for table in tables]
     there = [file for file in visible_files(folder, set()) if file.resolve() not in tables]
     patterns = [pattern.replace("**/", "*/" * folders) for folders in range(9)]
-    picked = [file for file in there if any(map(file.relative_to(folder).match, patterns))]
-    files = [file for file in picked if FORMAT.search(file.name)]
-    others = [file.name for file in picked if file not in files]
+    matches = [file for file in there if any(map(file.relative_to(folder).match, patterns))]
+    files = [file for file in matches if FORMAT.search(file.name)]
     if not files:
-        found = listed([file.name for file in picked or there])
+        found = listed([file.name for file in matches or there])
         raise ValueError(f"no file matches --pattern {pattern!r} and is {FORMATS}; got {found}")
-    if others:
-        print(f"{len(others)} files are ignored, as they are not {FORMATS} (.gz): {listed(others)}")
     return files
 
 def visible_files(folder, seen):
@@ -390,23 +382,16 @@ def find_participants(files, folder, pattern):
         if len(labels) != 1 or not all(labels) or len(in_path) > 1:
             raise ValueError(f"{file}: cannot find one sub-<label>_... and up to one ses-<label>; "
                              f"pass --subject_pattern (now {pattern}), as {example(path, paths)}")
-        subjects += labels
+        label, = labels
+        subjects.append(written.setdefault(plain(label), label))  # sub-1 and sub-01 are the same
         sessions += map(plain, in_path)
-        other = written.setdefault(plain(subjects[-1]), subjects[-1])
-        if other != subjects[-1]:
-            raise ValueError(f"{other} and {subjects[-1]} may be one participant; rename files or "
-                             "pass --subject_pattern")
     numbers, count = [*map(longest_number, paths)], len({*subjects})
-    note = f"note: --subject_pattern finds {count} participants in {len(files)} files"
-    if pattern and count >= len(files) - 1:
-        print(f"{note}; check that no participant has two labels")
-    elif pattern and 2 * count <= len(files) == len({*numbers}):
-        print(f"{note}, whose longest numbers all differ ({listed(numbers)}); to use these, pass "
-              f"{example(paths[0], paths)}")
+    if pattern and 2 * count <= len(files) == len({*numbers}):
+        print(f"note: --subject_pattern finds {count} participants in {len(files)} files, whose "
+              f"numbers all differ ({listed(numbers)}); maybe use {example(paths[0], paths)}")
     return subjects, sessions
 
 def longest_number(path):
-    """The longest run of digits in a path, or ""."""
     return max(re.findall("[0-9]+", path), key=len, default="")
 
 def example(path, paths):
@@ -434,7 +419,7 @@ def read_rows(file, num_parcels=None, labellings=()):
     except UnicodeDecodeError:
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1")
     lines = [line.strip(" \n") for line in io.StringIO(text.strip("\r\n"), newline=None)]
-    afni = re.search(r"\.1d(\.gz)?$", file.name.lower())
+    afni = file.name.lower().endswith((".1d", ".1d.gz"))
     comments = [line for line in lines if afni and line.startswith("#")]
     lines = [line for line in lines if line not in comments]
     if not any(lines):
@@ -479,7 +464,7 @@ def numbers(rows, names, first_row=1):
     return np.array(values, np.float64).reshape(-1, len(names))
 
 def column_numbers(cells):
-    """Convert a column of text to float64, or to None if it contains other text."""
+    """Convert a column of text to float64, or to None if it has other text."""
     try:
         return numbers([cells], cells)[0]
     except ValueError:
@@ -502,17 +487,17 @@ def has_header(rows, labellings):
 def read_text_series(file, header, labellings, num_parcels):
     """The names of the columns, [] if there are none, and the values [timepoints, columns]."""
     rows, comments = read_rows(file, num_parcels, labellings)
-    column, width, names, first_row = [row[0] for row in rows], len(rows[0]), [], 1
-    if any({*labels} in ({*column}, {*column[1:]}) for labels in labellings):
-        raise ValueError("column 1 names the parcels; transpose the file: rows are timepoints")
+    width, names = len(rows[0]), []
     for words in (re.findall('[^\\s#;,"]+', line) for line in comments):
         most = any(2 * len({*words} & {*labels}) > len(labels) for labels in labellings)
-        if not names and (most or len(words) == width):
+        if most or len(words) == width:
             names = words
-    if not names and header != "no" and (header == "yes" or has_header(rows, labellings)):
-        names, rows, first_row = rows[0], rows[1:], 2
-    values = numbers(rows, range(1, width + 1), first_row)
-    names = [] if header == "no" else names
+    if header == "no":
+        names = []
+    elif not names and (header == "yes" or has_header(rows, labellings)):
+        names = rows[0]
+    is_row = names == rows[0]
+    values = numbers(rows[is_row:], range(1, width + 1), 1 + is_row)
     counts = np.array_equal(values[:, 0], np.arange(len(values)))
     if width > num_parcels and (counts or names[:1] == [""]):  # index of pandas
         return names[1:], values[:, 1:]
@@ -617,7 +602,7 @@ def read_parcels(file):
 
 def read_participants(file, subjects, sessions):
     """The columns of the table except participant_id, with a value, maybe None, per recording."""
-    text, table, rows_of_label, rows = read_table(file), {}, {}, []
+    text, table, row_of = read_table(file), {}, {}
     if "participant_id" not in text or {*text} & {"Subject", "File", "TR", RECORDING_COL}:
         raise ValueError(f"expected participant_id, no Subject, File or TR; got {', '.join(text)}")
     for name, cells in text.items():
@@ -628,27 +613,23 @@ def read_participants(file, subjects, sessions):
         for value, count in {} if numeric is None else missing_codes(numeric).items():
             print(f"note: {file}: column {name} is {value:g} in {count} rows, far from the other "
                   "values; if this means missing, write n/a")
-    if None in table["participant_id"]:
-        raise ValueError(f"row {table['participant_id'].index(None) + 2} has no participant_id")
     for row, subject in enumerate(text["participant_id"]):
-        rows_of_label.setdefault(plain(subject), []).append(row)
-    row_sessions = [plain(cell) * (cell.lower() not in MISSING)
-                    for cell in text.get("session_id", [""] * len(text["participant_id"]))]
-    for subject, session in zip(subjects, sessions):
-        own = [row for row in rows_of_label.get(plain(subject), [])
-               if not row_sessions[row] or session in ("", row_sessions[row])]
-        if len(own) > 1:
-            raise ValueError(f"{subject} has {len(own)} rows for one recording; add session_id")
-        rows.append(own[0] if own else None)
-    absent = [label for label in rows_of_label if label not in {*map(plain, subjects)}]
-    report = (f"{rows.count(None)} of {len(rows)} recordings have no row; {len(absent)} of "
-              f"{len(rows_of_label)} participants have no recording ({listed(absent)})")
+        session = text["session_id"][row] if "session_id" in text else ""
+        key = plain(subject), "" if session.lower() in MISSING else plain(session)
+        if subject.lower() in MISSING:
+            raise ValueError(f"row {row + 2} has no participant_id")
+        if key in row_of:
+            raise ValueError(f"row {row + 2}: {subject} has two rows; add session_id")
+        row_of[key] = row
+    rows = [row_of.get((plain(subject), session), row_of.get((plain(subject), "")))
+            for subject, session in zip(subjects, sessions)]
+    absent = sorted({subject for subject, _ in row_of} - {*map(plain, subjects)})
+    print(f"{file}: {rows.count(None)} of {len(rows)} recordings have no row; {len(absent)} "
+          f"participants have no recording ({listed(absent)})")
     if rows.count(None) == len(rows):
-        raise ValueError(report)
-    print(f"{file}: {report}")
-    del table["participant_id"]
+        raise ValueError("no participant_id is the label of a recording")
     return {name: [None if row is None else values[row] for row in rows]
-            for name, values in table.items()}
+            for name, values in table.items() if name != "participant_id"}
 
 def missing_codes(values):
     """{value: count} of values far from the others that are repeated or a common code for n/a."""
