@@ -132,7 +132,6 @@ def as_numpy(value):
     return value.to_numpy() if hasattr(value, "to_numpy") else value
 
 def as_recording(value):
-    """Convert an array (timepoints, parcels) to numpy; raise if it is none."""
     value = np.asarray(as_numpy(value))
     if value.ndim != 2 or value.size == 0 or value.dtype.kind not in "iuf":
         raise ValueError(f"expected numbers (timepoints, parcels), got {value.dtype} {value.shape}")
@@ -409,7 +408,7 @@ def read_bytes(file):
     with (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rb") as content:
         return content.read()
 
-def read_rows(file, num_parcels=None, labellings=()):
+def read_rows(file, num_parcels=None):
     """The rows of a table, as lists of text, and its comments: in .1D, lines that start with #."""
     content = read_bytes(file)
     if content[:4] in (b"PK\3\4", b"\xd0\xcf\x11\xe0"):
@@ -429,14 +428,10 @@ def read_rows(file, num_parcels=None, labellings=()):
             else map(str.split, lines))
     rows = [[*map(str.strip, row)] for row in rows]
     # A separator at the end of every line makes an empty last column, which is no parcel.
-    while len(rows) > 1 and all(row[-1:] == [""] for row in rows[1:]):
-        width = len(rows[1])
-        name = "".join(rows[0][width - 1:])
-        if width == num_parcels or name and any(name in labels for labels in labellings):
-            break
-        if name:
-            print(f"note: {file}: column {name} is empty and ignored")
-        rows = [row[:width - 1] for row in rows]
+    width = max(map(len, rows))
+    while width not in (1, num_parcels) and not any(any(row[width - 1:]) for row in rows):
+        width -= 1
+    rows = [row[:width] for row in rows]
     for number, row in enumerate(rows, start=1):
         if len(row) != len(rows[0]):
             raise ValueError(f"row {number} has {len(row)} cells, but row 1 has {len(rows[0])}")
@@ -470,23 +465,19 @@ def column_numbers(cells):
     except ValueError:
         return None
 
-def whole(cells):
-    """Whether all cells are whole numbers or missing."""
-    return all(cell.lstrip("-").isdigit() or cell.lower() in MISSING for cell in cells)
-
 def has_header(rows, labellings):
     """Whether the first row holds names of parcels rather than a timepoint."""
     if column_numbers(rows[0]) is None or any({*rows[0]} >= {*labels} for labels in labellings):
         return True
     ids = [cell for cell in rows[0] if cell.lower() not in MISSING]
-    distinct = whole(ids) and len({*ids}) == len(ids) > len(rows[0]) / 2
-    if distinct and all(map(whole, rows[1:])):
+    numbered = all(map(str.isdigit, ids)) and len({*ids}) == len(ids) > len(rows[0]) / 2
+    if numbered and not any("." in cell or "," in cell for row in rows[1:] for cell in row):
         raise ValueError(f"row 1 ({listed(ids)}) may be names or values; pass --header yes or no")
-    return distinct
+    return numbered
 
 def read_text_series(file, header, labellings, num_parcels):
     """The names of the columns, [] if there are none, and the values [timepoints, columns]."""
-    rows, comments = read_rows(file, num_parcels, labellings)
+    rows, comments = read_rows(file, num_parcels)
     width, names = len(rows[0]), []
     for words in (re.findall('[^\\s#;,"]+', line) for line in comments):
         most = any(2 * len({*words} & {*labels}) > len(labels) for labels in labellings)
@@ -586,18 +577,15 @@ def read_parcels(file):
                          "coordinates in mm, not voxel indices")
     parcels, labellings = dict(zip("XYZ", xyz.T)), []
     for kind, (name, cells) in zip(kinds, table.items()):
-        twice = [cell for cell, count in Counter(cells).items() if count > 1]
-        if kind == "label" and twice:
-            raise ValueError(f"column {name}: {twice[0]!r} names several parcels; use unique names")
         if kind in ("label", "network"):
             missing = MISSING if kind == "network" else [""]  # NA may be the label of a parcel
             parcels[kind.title()] = [None if cell.lower() in missing else cell for cell in cells]
         named = [cell for cell in cells if cell.lower() not in MISSING]
-        values = column_numbers(cells)
-        if (name not in axes and (values is None or whole(cells))
-                and len({*named}) == len(named) >= len(cells) / 2):
-            labellings.append([f"{name} '{cell}' of row {row}" if cell in twice else cell
-                               for row, cell in enumerate(cells, start=2)])
+        distinct = len({*named}) == len(named)
+        if kind == "label" and not distinct:
+            raise ValueError(f"column {name}: two parcels have the same name")
+        if name not in axes and distinct and len(named) >= len(cells) / 2:
+            labellings.append(cells)
     return parcels, labellings
 
 def read_participants(file, subjects, sessions):
