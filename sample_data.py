@@ -187,9 +187,8 @@ def make_sample_data(output_dir, num_train=100, num_val=20, num_parcels=424, num
     and the patches of the Default network become less correlated. Clinical scores correlate with
     each other and weakly with age. A recording depends only on `seed`, its split and its number.
     """
-    if min(num_train, num_val) < 1 or num_parcels < 2 or num_timepoints < 20 or seed < 0:
-        raise ValueError(f"{num_train=}, {num_val=}, {num_parcels=}, {num_timepoints=}, {seed=} "
-                         "must be at least 1, 1, 2, 20 and 0")
+    if num_parcels < 2 or num_timepoints < PATCH:
+        raise ValueError(f"expected at least 2 parcels and {PATCH} timepoints")
     brain = make_brain(num_parcels, np.random.default_rng([seed, 0, 0]))
 
     def participants(split, stream, count):
@@ -373,6 +372,7 @@ def find_participants(files, folder, pattern):
         if pattern and re.compile(pattern).groups != 1:
             raise ValueError("expected a regular expression with one group in ( )")
     paths = [FORMAT.sub("", file.relative_to(folder).as_posix()) for file in files]
+    numbers = [max(re.findall("[0-9]+", path), key=len, default="") for path in paths]  # longest
     subjects, sessions, written = [], [], {}
     for file, path in zip(files, paths):
         parts = [path] if pattern else re.findall("[^/]*(?<![A-Za-z])sub-[^/]*", path)
@@ -380,22 +380,19 @@ def find_participants(files, folder, pattern):
         in_path = {*re.findall("(?<![^/_])ses-([0-9A-Za-z]+)", path)} or {""}
         if len(labels) != 1 or not all(labels) or len(in_path) > 1:
             raise ValueError(f"{file}: cannot find one sub-<label>_... and up to one ses-<label>; "
-                             f"pass --subject_pattern (now {pattern}), as {example(path, paths)}")
+                             f"pass --subject_pattern (now {pattern}), as {example(path, numbers)}")
         label, = labels
         subjects.append(written.setdefault(plain(label), label))  # sub-1 and sub-01 are the same
         sessions += map(plain, in_path)
-    numbers, count = [*map(longest_number, paths)], len({*subjects})
+    count = len({*subjects})
     if pattern and 2 * count <= len(files) == len({*numbers}):
         print(f"note: --subject_pattern finds {count} participants in {len(files)} files, whose "
-              f"numbers all differ ({listed(numbers)}); maybe use {example(paths[0], paths)}")
+              f"numbers all differ ({listed(numbers)}); maybe use {example(paths[0], numbers)}")
     return subjects, sessions
 
-def longest_number(path):
-    return max(re.findall("[0-9]+", path), key=len, default="")
-
-def example(path, paths):
+def example(path, numbers):
     """Propose a --subject_pattern that matches a name up to its longest number, for all paths."""
-    digits = min(filter(None, map(len, map(longest_number, paths))), default=0)
+    digits = min(map(len, filter(None, numbers)), default=0)
     pattern = f"(?:^|/)([^/]*?[0-9]{{{digits},}})" if digits else "(?:^|/)([^/_]+)"
     label = re.search(pattern, path)
     return shlex.quote(pattern) + (f" for {label[1]}" if label else "")
@@ -530,8 +527,7 @@ def column_order(names, labellings):
         labels = max(labellings, key=lambda labels: len({*labels} & {*names}))
         lacking, surplus = Counter(labels) - Counter(names), Counter(names) - Counter(labels)
         raise ValueError(f"parcels of --coords without a column: {listed([*lacking])}; columns "
-                         f"without a parcel: {listed([*surplus])}; correct the names, or pass "
-                         "--header no if these are values")
+                         f"without a parcel: {listed([*surplus])}; correct them or pass --header no")
     if any(labels != orders[0] for labels in orders):
         raise ValueError("two columns of --coords match the names, in two orders; remove one")
     return [names.index(label) for label in orders[0]]
