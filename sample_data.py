@@ -527,7 +527,7 @@ def column_order(names, labellings):
         labels = max(labellings, key=lambda labels: len({*labels} & {*names}))
         lacking, surplus = Counter(labels) - Counter(names), Counter(names) - Counter(labels)
         raise ValueError(f"parcels of --coords without a column: {listed([*lacking])}; columns "
-                         f"without a parcel: {listed([*surplus])}; correct them or pass --header no")
+                         f"without a parcel: {listed([*surplus])}; fix them or pass --header no")
     if any(labels != orders[0] for labels in orders):
         raise ValueError("two columns of --coords match the names, in two orders; remove one")
     return [names.index(label) for label in orders[0]]
