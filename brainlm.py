@@ -786,6 +786,7 @@ def forecast(model, signal, xyz, num_timepoints):
     """Continue a recording: signal [B, >= P, V] -> [B, num_timepoints, V]. Patch by patch: append a
     masked one, predict it, append the prediction; no window is longer than in training."""
     P, T = model.config.timepoint_patching_size, model.config.num_timepoints_per_voxel
+    model.tokens(signal[:, :0], xyz)            # InputError if the shapes do not fit
     if signal.shape[1] < P:
         raise InputError(f"A forecast needs at least {P} timepoints (got {signal.shape[1]})")
     known = signal
@@ -810,7 +811,7 @@ def attention(model, signal, xyz, layer, mask=None):
     """Attention weights of a layer (0: the first), [B, heads, S, S]; rows sum to one. Row 0 is CLS:
     its columns 1.., unflattened to (N, V), say how much it attends to each token. For inspection:
     it builds the S x S matrix that training avoids."""
-    V = signal.shape[2]
+    V = len(xyz)
     x, position = model.tokens(signal, xyz, mask)
     for earlier in model.layers[:layer]:
         x = earlier(x, position, V)
@@ -1681,13 +1682,14 @@ def parse(arguments=None):
     return args
 
 def main(arguments=None):
-    rank, local_rank, _ = torchrun_numbers()
+    local_rank = 0
     for stream in sys.stdout, sys.stderr:
         if hasattr(stream, "reconfigure"):              # a console may lack letters of a column
             stream.reconfigure(errors="replace")
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")              # rank 0 prints for all
     try:
+        rank, local_rank, _ = torchrun_numbers()
+        if rank > 0:
+            sys.stdout = open(os.devnull, "w")          # rank 0 prints for all
         args = parse(arguments)
         {"pretrain": pretrain, "finetune": finetune, "evaluate": evaluate}[args.command](args)
     except (InputError, OSError) as error:              # OSError: a folder that cannot be written
