@@ -35,18 +35,6 @@ METHODS = {
 BATCH, STEPS = 2, 10                            # windows per step; steps that are timed together
 
 
-def batch_of_all_parcels(dataset, config, step):
-    """Signal [B, T, V] and mask [B, N, V] as f1b2762 made them: forward masks in 3 of 10 steps."""
-    T, V = config.num_timepoints_per_voxel, dataset.num_parcels
-    N, random = T // config.timepoint_patching_size, torch.Generator().manual_seed(step)
-    mask = brainlm.random_mask(BATCH, N, V, config.mask_ratio, random)
-    if step % 10 in (0, 3, 6):
-        mask = brainlm.forward_mask(BATCH, N, V) | (torch.rand(N, 1, generator=random) < 1 / 3)
-    windows = [dataset.training_window(n, range(len(dataset)), T, 0)
-               for n in range(BATCH * step, BATCH * (step + 1))]
-    return dataset.batch(windows, T), mask
-
-
 def attention_to_visible_past(q, k, v, V, mask):
     """block_causal_attention of f1b2762: of earlier time steps only the tokens that mask, bool
     [B, N, V], leaves visible, equally many in all samples."""
@@ -73,19 +61,18 @@ def make_step(method, V, hidden_size, dtype, device):
     sample_data.make_sample_data(folder.name, num_train=20, num_val=1, num_parcels=V)
     dataset = brainlm.RecordingDataset(f"{folder.name}/train", sample_data.RECORDING_COL)
     all_xyz = brainlm.read_coordinates(f"{folder.name}/coords")[0].to(device)
+    if method != "default":
+        brainlm.LEFT_OUT = 0
     if method in ("boolean", "reference"):
         may_attend = brainlm.block_causal_mask(
             config.num_timepoints_per_voxel // config.timepoint_patching_size, V).to(device)
         additive = torch.zeros(may_attend.shape, device=device).masked_fill_(~may_attend, -math.inf)
 
     def step(number):
-        if method == "default":
-            samples = range(BATCH * number, BATCH * (number + 1))
-            signal, xyz, mask = brainlm.pretraining_batch(
-                dataset, all_xyz, config, 0, samples, number)
-        else:
-            (signal, mask), xyz = batch_of_all_parcels(dataset, config, number), all_xyz
+        samples = range(BATCH * number, BATCH * (number + 1))
+        signal, xyz, mask = brainlm.pretraining_batch(dataset, all_xyz, config, 0, samples, number)
         if method == "f1b2762":
+            mask = mask[:1].expand_as(mask)     # one kind of mask per step
             brainlm.block_causal_attention = lambda q, k, v, V: attention_to_visible_past(
                 q, k, v, V, mask)
         elif method == "boolean":

