@@ -1,5 +1,5 @@
-"""What brainlm.py promises, one test a promise, in the order of the file: Part I, the lesson; then
-Part II, the program, which runs tiny commands and breaks things; last sample_data.py and README.md.
+"""Tests of brainlm.py in the order of the file (Part I, the lesson; Part II, the program, with tiny
+commands, also interrupted ones), then of sample_data.py and README.md.
 Shapes are named as there: B batch, T timepoints, V parcels, P patch length, N = T / P, H, S.
 """
 
@@ -67,17 +67,17 @@ def tiny_model(N=4, P=5, **others):
     return stir(BrainLM(tiny_config(N, P, **others)))
 
 def spy(monkeypatch, owner, name):
-    """The arguments of each call of a function from now on, as they come."""
-    def noting(*arguments, **named):
+    """A list that grows by the arguments of each call of a function."""
+    def wrapper(*arguments, **named):
         calls.append(arguments)
         return function(*arguments, **named)
     calls, function = [], getattr(owner, name)
-    monkeypatch.setattr(owner, name, noting)
+    monkeypatch.setattr(owner, name, wrapper)
     return calls
 
 def stir(module):
-    """Move every parameter off its start: queries that equal keys, biases of zero, and attention to
-    what is nearest alone, hide mistakes."""
+    """Move every parameter off its initial value: queries that equal keys, biases of zero and
+    attention to the nearest parcels alone would hide mistakes."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -92,8 +92,8 @@ def tiny_input(B=2, T=20, V=3, seed=0):
     return torch.randn(B, T, V, generator=generator), 50 * torch.randn(V, 3, generator=generator)
 
 def tiny_dataset(folder, lengths=(40, 33, 52), V=3, dtype=np.float32):
-    """A dataset of recordings that have a past to learn from: each value is half the one before,
-    plus noise that all parcels share in part, plus an offset. Returns it opened, and its arrays."""
+    """A dataset of first-order autoregressive recordings with an offset and noise that parcels have
+    in common in part. Returns it opened, and its arrays."""
     rng, recordings = np.random.default_rng(0), []
     for T in lengths:
         signal = rng.standard_normal((T, V)) + rng.standard_normal((T, 1)) + 1
@@ -615,7 +615,7 @@ def assert_same_run(folder, expected):
 
 @pytest.fixture(scope="module")
 def uninterrupted(data, tmp_path_factory):
-    """{command: folder of a run that nothing disturbed}; `printed` beside it: what it printed."""
+    """{command: folder of an uninterrupted run}; its output is in the file `printed` beside it."""
     folders = {}
     for command in "pretrain", "finetune":
         folders[command] = tmp_path_factory.mktemp(command) / "run"
@@ -873,9 +873,9 @@ def test_a_model_of_the_hub_works_with_trainer(uninterrupted, monkeypatch, comma
     with pytest.raises(module.InputError, match="a batch must be of one atlas"):
         theirs(signal, torch.stack([xyz, xyz + 1]))
     if command == "pretrain":                           # in training, both kinds of masks
-        forwards = spy(monkeypatch, module, "forward_mask")
+        forward = spy(monkeypatch, module, "forward_mask")
         losses = {theirs.train()(signal, xyz, labels=labels).loss.item() for _ in range(20)}
-        assert len(losses) > 10 and 3 < len(forwards) < 25
+        assert len(losses) > 10 and 3 < len(forward) < 25
 
 def test_a_model_neither_in_a_folder_nor_on_the_hub_is_one_line(data, tmp_path, monkeypatch):
     Path("runs").mkdir()
@@ -1211,7 +1211,7 @@ def test_torchrun_makes_the_sample_data_once_and_prints_once(data, tmp_path):
         assert len(re.findall(f"^{text}", ran.stdout, re.MULTILINE)) == 1, ran.stderr
     assert state(tmp_path / "runs/pretrain")["step"] == 6 and ran.returncode == 0
 
-# 14. The run folder: the same bits wherever a run is restarted, and nobody's files lost
+# 14. The run folder: a resumed run is identical, and no file of the user is lost
 @pytest.mark.parametrize("command, step, number, code", [
     ("pretrain", 3, signals.SIGKILL, -9), ("finetune", 5, signals.SIGKILL, -9),
     ("pretrain", 22, signals.SIGINT, 130)])             # Ctrl-C
