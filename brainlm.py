@@ -1580,16 +1580,17 @@ def number(kind, lowest, highest=10 ** 18):
     convert.__name__ = kind.__name__                    # argparse: invalid int value
     return convert
 
-def add_fields(group, config_class, **default):
+def add_fields(group, config_class):
     """A flag for each field of a config class; the comment behind the field is the help."""
     source = Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
-    own = source.partition(f"\nclass {config_class.__name__}:")[2].partition("\n\n")[0]
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", own, re.M))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
     types = {int: number(int, 1), float: number(float, 0, 1), str: str}
     for option in fields(config_class):
         kind = number(int, 0) if option.name == "seed" else types[option.type]
-        group.add_argument(f"--{option.name}", type=kind, **{"default": option.default} | default,
-                           help=f"{comments.get(option.name)} (default: {option.default})")
+        default, text = option.default, comments.get(option.name, "")
+        if config_class is BrainLMConfig:       # without the flag: as in model_name_or_path
+            default, text = argparse.SUPPRESS, f"{text} (default: {default})"
+        group.add_argument(f"--{option.name}", type=kind, default=default, help=text)
 
 def command_line():
     parser = OneLineParser(
@@ -1600,62 +1601,54 @@ def command_line():
             "  python brainlm.py evaluate      scores of the pretrained model and of baselines\n"
             "Flags, for your own data: python brainlm.py COMMAND --help"))
     commands = parser.add_subparsers(dest="command")
+    count = number(int, 1)
     for function in pretrain, finetune, evaluate:
         name = function.__name__
-        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        flag = command.add_argument_group("data and results").add_argument
-        flag("--train_dataset_path", help="training recordings (default: ./sample_data/train)")
-        flag("--val_dataset_path", help="validation recordings (default: ./sample_data/val)")
-        flag("--coords_dataset_path",
-             help="parcels' X, Y, Z in MNI mm (default: ./sample_data/coords)")
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__,
+                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        group = command.add_argument_group("paths", "all, or none: ./sample_data, ./runs/pretrain")
+        flag = group.add_argument
+        flag("--train_dataset_path", help="training recordings")
+        flag("--val_dataset_path", help="validation recordings")
+        flag("--coords_dataset_path", help="the parcels' X, Y, Z in MNI mm")
+        flag("--model_name_or_path", help="run folder, or user/name on the Hub, to start from")
+        flag = command.add_argument_group("data, results and device").add_argument
         flag("--recording_col_name", default="Voxelwise_RobustScaler_Normalized_Recording",
-             help="column of recordings (timepoints, parcels) (default: %(default)s)")
-        flag("--max_train_samples", type=number(int, 1), help="use only the first recordings")
-        flag("--max_eval_samples", type=number(int, 1), help="use only the first recordings")
-        flag("--model_name_or_path", help="run folder, or user/name on the Hub, to start from"
-             + ("" if name == "pretrain" else " (default: ./runs/pretrain)"))
+             help="column of recordings (timepoints, parcels)")
+        flag("--max_train_samples", type=count, help="use only the first recordings")
+        flag("--max_eval_samples", type=count, help="use only the first recordings")
         flag("--output_dir", default=None if name == "evaluate" else f"./runs/{name}",
-             help="folder for the results (default: "
-                  + ("evaluate in the run folder)" if name == "evaluate" else "%(default)s)"))
-        flag = command.add_argument_group("device").add_argument
+             help="folder for the results; None: RUN/evaluate")
         flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
-             help="auto: the fastest available (default: %(default)s)")
+             help="auto: the fastest available")
         flag("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-             help="auto: bfloat16 on CUDA, float32 elsewhere (default: %(default)s)")
-        flag("--per_device_eval_batch_size", type=number(int, 1), default=8,
-             help="windows evaluated at once (default: %(default)s)")
-
+             help="auto: bfloat16 on CUDA, float32 elsewhere")
+        flag("--per_device_eval_batch_size", type=count, default=8, help="windows at once")
         group = command.add_argument_group("model")
-        if name == "pretrain":                  # what is not given comes from model_name_or_path
-            add_fields(group, BrainLMConfig, default=argparse.SUPPRESS)
+        flag = group.add_argument
+        if name == "pretrain":
+            add_fields(group, BrainLMConfig)
         else:
-            group.add_argument("--variable_of_interest_col_name", help="column to predict (default:"
-                               + (" Age.At.MHQ)" if name == "finetune" else " as finetuned)"))
-            group.add_argument("--num_timepoints_per_voxel", type=number(int, 1),
-                               help="timepoints in a window (default: as in pretraining)")
+            flag("--variable_of_interest_col_name", help="column to predict; None: as finetuned")
+            flag("--num_timepoints_per_voxel", type=count, help="T; None: as in pretraining")
         if name == "evaluate":
             continue
-
         group = command.add_argument_group("training")
         add_fields(group, TrainingConfig)
         flag = group.add_argument
-        flag("--num_train_epochs", type=number(float, 0), default=32 if name == "finetune" else 16,
-             help="epochs, each of one window per recording (default: %(default)s)")
-        flag("--max_steps", type=number(int, 1), help="training steps, instead of epochs")
-        flag("--logging_steps", type=number(int, 1), default=10,
-             help="steps between lines of progress (default: %(default)s)")
-        flag("--eval_steps", type=number(int, 0), default=100 if name == "finetune" else 200,
-             help="steps between validations; 0: only at the end (default: %(default)s)")
-        flag("--save_steps", type=number(int, 1), default=50,
-             help="steps between checkpoints (default: %(default)s)")
+        flag("--num_train_epochs", type=number(float, 0), default=16, help="passes over the data")
+        flag("--max_steps", type=count, help="training steps, instead of epochs")
+        flag("--logging_steps", type=count, default=10, help="steps between lines of progress")
+        flag("--eval_steps", type=number(int, 0), default=200,
+             help="steps between validations; 0: only at the end")
+        flag("--save_steps", type=count, default=50, help="steps between checkpoints")
         flag("--overwrite_output_dir", action="store_true", help="start from scratch")
-        flag("--gradient_checkpointing", action="store_true",
-             help="less memory, a third more time")
+        flag("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
         if name == "finetune":
             flag("--freeze_backbone", action=argparse.BooleanOptionalAction, default=True,
-                 help="train the MLP head alone (default: %(default)s)")
-            command.set_defaults(variable_of_interest_col_name="Age.At.MHQ",
-                                 per_device_train_batch_size=8)
+                 help="train the MLP head alone")
+            command.set_defaults(variable_of_interest_col_name="Age.At.MHQ", num_train_epochs=32,
+                                 per_device_train_batch_size=8, eval_steps=100)
     return parser
 
 def parse(arguments=None):
