@@ -1701,12 +1701,11 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
         model_type, keys_to_ignore_at_inference = "brainlm", ["hidden_states"]
 
         def __init__(self, model_class="BrainLM", **settings):
-            names = [option.name for option in fields(BrainLMConfig)]
-            ours = BrainLMConfig(**{name: settings.pop(name) for name in names if name in settings})
-            super().__init__(model_class=model_class, **asdict(ours), **settings)
+            ours = BrainLMConfig(**settings_of(BrainLMConfig, argparse.Namespace(**settings)))
+            super().__init__(model_class=model_class, **settings | asdict(ours))
 
     class BrainLMHubModel(PreTrainedModel):
-        """What AutoModel gives and Trainer trains. Its `model` is a BrainLM or BrainLMRegressor."""
+        """What AutoModel loads and Trainer trains; `model` is the BrainLM or BrainLMRegressor."""
         config_class, base_model_prefix, main_input_name = BrainLMHubConfig, "model", "signal"
         supports_gradient_checkpointing = _supports_sdpa = True
         accepts_loss_kwargs = False             # Trainer divides by the accumulation steps
@@ -1719,11 +1718,10 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
         def new_model(self):
             """A new BrainLM or BrainLMRegressor: parameters of the default dtype, buffers float32.
             When a checkpoint is loaded, each tensor keeps the dtype that it has here."""
-            names = [option.name for option in fields(BrainLMConfig)]
+            config = BrainLMConfig(**settings_of(BrainLMConfig, self.config))
             dtype = torch.get_default_dtype()
             torch.set_default_dtype(torch.float32)      # the initialisation needs an inverse
-            model = MODELS[self.config.model_class](
-                BrainLMConfig(**{name: getattr(self.config, name) for name in names}))
+            model = MODELS[self.config.model_class](config)
             torch.set_default_dtype(dtype)
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(dtype)
