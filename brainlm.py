@@ -1072,10 +1072,6 @@ def evaluate_networks(model, data):
         method: {"accuracy": knn_accuracy(distance[np.ix_(labelled, labelled)], labels)}
         for method, distance in parcel_distances(model, data).items()}}
 
-def evaluate_backbone(model, data):
-    """All tables of a BrainLM, {title: {method: {score: value}}}."""
-    return evaluate_reconstruction(model, data) | evaluate_networks(model, data)
-
 def recording_features(model, data, dataset, row):
     """What the head of a BrainLMRegressor gets of a recording: [fixed windows, 3H], float32."""
     T = model.config.num_timepoints_per_voxel
@@ -1128,24 +1124,26 @@ def connectivity_ridge(train_set, target, val_set, val_rows):
                      for row in val_rows])
 
 def evaluate_regression(model, data, features_of, column, target, val_target):
-    """{title: {method: {score: value}}} of a BrainLMRegressor and of baselines, over validation
-    recordings with a target; {} if there is none. features_of(dataset, row): recording_features."""
+    """Predictions of a BrainLMRegressor for the validation recordings, and the table of its scores
+    and of baselines, {title: {method: {score: value}}}, over those with a target; {} if there is
+    none. target, val_target: NaN where missing. features_of(dataset, row): recording_features."""
+    features = [features_of(data.val, row) for row in range(len(data.val))]
+    prediction = predict_recordings(model, features)                         # [recordings]
     known = np.flatnonzero(~np.isnan(val_target))
     if len(known) == 0:
-        return {}
-    methods = {"BrainLM": predict_recordings(model, [features_of(data.val, row) for row in known])}
+        return prediction, {}
+    methods = {"BrainLM": prediction[known]}
     if data.train:
         rows = evenly(np.flatnonzero(~np.isnan(target)), MAX_BASELINE_ROWS)
-        train, val = (np.stack([features_of(dataset, row).double().mean(dim=0) for row in some])
-                      for dataset, some in ((data.train, rows), (data.val, known)))  # [rows, 3H]
+        train = np.stack([features_of(data.train, row).double().mean(dim=0) for row in rows])
+        val = np.stack([features[row].double().mean(dim=0) for row in known])        # [known, 3H]
         std = np.maximum(train.std(axis=0), 1e-6)
         coefficients, intercept = fit_ridge(train / std, target[rows])
-        methods |= {
-            "ridge on BrainLM's features": val / std @ coefficients + intercept,
-            "ridge on functional connectivity":
-                connectivity_ridge(data.train, target, data.val, known),
-            "training mean": np.full(len(known), np.nanmean(target))}
-    return {f"{column}, {len(known)} validation recordings": {
+        methods["ridge on BrainLM's features"] = val / std @ coefficients + intercept
+        methods["ridge on functional connectivity"] = connectivity_ridge(
+            data.train, target, data.val, known)
+        methods["training mean"] = np.full(len(known), np.nanmean(target))
+    return prediction, {f"{column}, {len(known)} validation recordings": {
         method: regression_scores(values, val_target[known]) for method, values in methods.items()}}
 
 def markdown(tables):
@@ -1454,7 +1452,8 @@ def pretrain(args):
                 for task in masks}
 
     run_training(args, model, model, data, len(data.train), batch_loss, validate)
-    folder, tables = Path(args.output_dir), evaluate_backbone(model, data)
+    folder = Path(args.output_dir)
+    tables = evaluate_reconstruction(model, data) | evaluate_networks(model, data)
     report(args, folder, tables)
     write_model_card(folder, model, data.train, tables)
     print(f"\nthe model is in {folder}")
@@ -1509,7 +1508,9 @@ def finetune(args):
     trained, batch_loss = (model.mlp, mlp_loss) if args.freeze_backbone else (model, loss)
     run_training(args, model, trained, data, len(rows), batch_loss, validate)
     folder = Path(args.output_dir)
-    tables = report_regression(args, folder, model, data, features_of, column, target, val_target)
+    prediction, tables = evaluate_regression(model, data, features_of, column, target, val_target)
+    report(args, folder, tables)
+    write_predictions(folder, data.val, prediction)
     write_model_card(folder, model, data.train, tables)
     print(f"\nthe model is in {folder}")
 
@@ -1530,7 +1531,7 @@ def evaluate(args):
     if not data.train:
         print("note: without --train_dataset_path there are no baselines")
     if isinstance(model, BrainLM):
-        report(args, folder, evaluate_backbone(model, data))
+        report(args, folder, evaluate_reconstruction(model, data) | evaluate_networks(model, data))
     else:
         column = args.variable_of_interest_col_name
         if column is None:
@@ -1546,17 +1547,11 @@ def evaluate(args):
         if data.train and not np.isnan(val_target).all():
             target = read_target(data.train, column, min_values=2)
         features_of = partial(recording_features, model, data)
-        report_regression(args, folder, model, data, features_of, column, target, val_target)
+        prediction, tables = evaluate_regression(
+            model, data, features_of, column, target, val_target)
+        report(args, folder, tables)
+        write_predictions(folder, data.val, prediction)
     print(f"\nresults in {folder}; pictures of them: python benchmarks/pictures.py {folder}")
-
-def report_regression(args, folder, model, data, features_of, column, target, val_target):
-    """Tables and predictions.csv of a BrainLMRegressor. Returns the tables."""
-    features_of = cache(features_of)
-    tables = evaluate_regression(model, data, features_of, column, target, val_target)
-    report(args, folder, tables)
-    features = [features_of(data.val, row) for row in range(len(data.val))]
-    write_predictions(folder, data.val, predict_recordings(model, features))
-    return tables
 
 def settings_of(config_class, args):
     """The flags that are fields of a config class, {name: value}."""
