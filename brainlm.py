@@ -886,18 +886,17 @@ def in_batches(data, function, *tensors):
 # xyz [V, 3] and mask, bool [B, N, V], that returns a reconstruction [B, T, V]. A BrainLM is one. So
 # are these baselines, each the conditional mean of a normal distribution that is fitted to data.
 
-def moments(dataset, sums_of):
-    """Mean [a] and covariance [a, a] of samples [n, a] from recordings: sums_of(recording [T, V])
-    -> the number of samples, their sum [a] and their products, samples.T @ samples [a, a]."""
+def moments(dataset, blocks_of):
+    """Mean [a] and covariance [a, a] of the samples in recordings: blocks_of(recording [T, V]) ->
+    arrays of samples [n, a]."""
     count, total, products = 0, 0.0, 0.0
     for row in evenly(range(len(dataset)), MAX_BASELINE_ROWS):
-        more = sums_of(dataset.window(row).astype(np.float64))
-        count, total, products = count + more[0], total + more[1], products + more[2]
+        for samples in blocks_of(dataset.window(row).astype(np.float64)):
+            count += len(samples)
+            total = total + samples.sum(axis=0)
+            products = products + samples.T @ samples
     mean = total / count
     return mean, products / count - np.outer(mean, mean)
-
-def sums(samples):
-    return len(samples), samples.sum(axis=0), samples.T @ samples
 
 def conditional_mean(mean, covariance, observed, target, alpha):
     """Expected target entries of a normally distributed vector, given the observed entries:
@@ -913,7 +912,7 @@ class GaussianConditionalMean:
     name = "Gaussian conditional mean"
 
     def fit(self, dataset):
-        self.moments = moments(dataset, sums)                                # [V], [V, V]
+        self.moments = moments(dataset, lambda signal: [signal])             # [V], [V, V]
 
     def __call__(self, signal, xyz, mask):
         patches = patchify(signal.to(torch.float64, copy=True), signal.shape[1] // mask.shape[1])
@@ -943,13 +942,9 @@ class RidgeAutoregression:
         self.P = P
 
     def fit(self, dataset):
-        def sums_of_stretches(signal):          # a sample is any 2 * P timepoints of a parcel
-            products = signal @ signal.T                                     # [T, T]
-            stretches = [slice(t, t + 2 * self.P) for t in range(len(signal) - 2 * self.P + 1)]
-            return (len(stretches) * signal.shape[1],
-                    sum(signal[stretch].sum(axis=1) for stretch in stretches),
-                    sum(products[stretch, stretch] for stretch in stretches))
-        self.moments = moments(dataset, sums_of_stretches)                   # [2P], [2P, 2P]
+        def stretches(signal):                  # any 2 * P timepoints, of all parcels [V, 2 * P]
+            return (signal[t:t + 2 * self.P].T for t in range(len(signal) - 2 * self.P + 1))
+        self.moments = moments(dataset, stretches)                           # [2P], [2P, 2P]
 
     def __call__(self, signal, xyz, mask):
         P = self.P
@@ -965,7 +960,7 @@ class VectorAutoregression:
 
     def fit(self, dataset):
         self.moments = moments(
-            dataset, lambda signal: sums(np.hstack([signal[:-2], signal[1:-1], signal[2:]])))
+            dataset, lambda signal: [np.hstack([signal[:-2], signal[1:-1], signal[2:]])])
 
     def __call__(self, signal, xyz, mask):
         (B, T, V), P = signal.shape, signal.shape[1] // mask.shape[1]
