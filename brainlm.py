@@ -862,10 +862,6 @@ def fixed_windows(dataset, rows, T):
         windows += [(row, start) for start in [*range(0, last, T), last]]
     return windows
 
-def some_windows(dataset, T, most):
-    """At most so many fixed windows of a dataset, float32 [B, T, V]."""
-    return dataset.batch(evenly(fixed_windows(dataset, range(len(dataset)), T), most), T)
-
 def scores(prediction, target):
     """R2 = 1 - SSE / SST (never clipped), MSE and MAE of arrays of one shape."""
     error, variance = np.float64(prediction) - target, target.var(dtype=np.float64)
@@ -974,11 +970,12 @@ class VectorAutoregression:
 def reconstruction_tasks(dataset, config, max_windows):
     """Fixed windows, float32 [B, T, V], and {task: mask, bool [B, N, V]}; always the same."""
     T, P = config.num_timepoints_per_voxel, config.timepoint_patching_size
-    signal = some_windows(dataset, T, max_windows)
+    windows = evenly(fixed_windows(dataset, range(len(dataset)), T), max_windows)
+    signal = dataset.batch(windows, T)
     B, N, V = len(signal), T // P, signal.shape[2]
-    generators = [torch.Generator().manual_seed(i) for i in range(B)]
-    masks = {"masked": torch.cat([random_mask(1, N, V, config.mask_ratio, generator)
-                                  for generator in generators])}
+    masks = {"masked": torch.cat([
+        random_mask(1, N, V, config.mask_ratio, torch.Generator().manual_seed(i))
+        for i in range(B)])}
     if T - P >= max(P, 2):                      # else there is too little to forecast from
         masks["forecast"] = forward_mask(B, N, V)
     return signal, masks
