@@ -1286,16 +1286,13 @@ def identity_of(args, model, data):
     state = (folder / "state.json").read_text(encoding="utf-8")
     sizes = [(folder / entry["filename"]).stat().st_size
              for entry in json.loads(state)["_data_files"]]
-    weights = getattr(model, "backbone", model).state_dict().values()
-    return asdict(model.config) | {
-        "command": args.command, "seed": args.seed,
+    weights = getattr(model, "backbone", model).state_dict() if args.model_name_or_path else {}
+    flags = ("command", "seed", "variable_of_interest_col_name", "freeze_backbone",
+             "recording_col_name")
+    return asdict(model.config) | {name: getattr(args, name, None) for name in flags} | {
         "windows per step": args.per_device_train_batch_size * args.gradient_accumulation_steps
         * torchrun_numbers()[2],
-        "variable_of_interest_col_name": getattr(args, "variable_of_interest_col_name", None),
-        "freeze_backbone": getattr(args, "freeze_backbone", None),
-        "recording_col_name": args.recording_col_name,
-        "fingerprint of model_name_or_path":
-            fingerprint(*weights) if args.model_name_or_path else None,
+        "fingerprint of model_name_or_path": fingerprint(*weights.values()),
         "fingerprint of train_dataset_path": fingerprint(state, f"{sizes} {len(data.train)}"),
         "fingerprint of coords_dataset_path": fingerprint(f"{data.xyz.tolist()}")}
 
