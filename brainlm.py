@@ -523,14 +523,14 @@ class Muon(torch.optim.Optimizer):
 
 # Appendix: initialisation. Read it last; without it, learning takes several times as long. --------
 #
-# What a network with random weights would first have to find out: interpolation in space (kriging)
-# and autoregression in time, written as attention. Even heads, the spatial ones, average nearby
-# parcels of the same time step; odd heads, the temporal ones, extrapolate the parcel's last patch.
+# Interpolation in space (kriging) and autoregression in time, written as attention. Even heads, the
+# spatial ones, average nearby parcels of the same time step; odd heads, the temporal ones,
+# extrapolate the parcel's last patch.
 
 SPATIAL_HEAD = 2.0, 4.0     # lengths of the spatial and the temporal part of queries: longer ones
 TEMPORAL_HEAD = 4.0, 3.0    # select more sharply, and temporal heads need a single parcel
 CONTENT = 0.2               # length of the content part of a query
-HEAD_GAIN = 0.6             # summed output of all heads of one kind; both kinds say much the same
+HEAD_GAIN = 0.6             # summed output of all heads of one kind
 SMOOTHNESS, NOISE = 4.0, 0.5    # BOLD is smooth over some 4 timepoints; half as much is white noise
 
 def extrapolation(P):
@@ -552,9 +552,9 @@ def initialise(model):
     nn.init.normal_(model.cls_token, std=0.02)
     nn.init.normal_(model.mask_token, std=0.3)
 
-    # Patches are written along P orthonormal directions and read from them. Nothing else may point
-    # there, or the head would print it as signal: QR makes them orthogonal to ones (the mean, which
-    # LayerNorm removes) and, as far as H has room, to the temporal encoding.
+    # Patches are written along P orthonormal directions and read from them. QR makes these
+    # orthogonal to ones (the mean, which LayerNorm removes) and, as far as H has room, to the
+    # temporal encoding: what points there, the head would print as signal.
     others = torch.cat([torch.ones(H, 1), temporal_encoding(N, H).T], dim=1)[:, :H - P]
     directions = torch.linalg.qr(torch.cat([others, torch.randn(H, P)], dim=1))[0][:, -P:]  # [H, P]
     model.patch_projection.weight.copy_(directions)
@@ -571,18 +571,18 @@ def initialise(model):
         nn.init.zeros_(layer.out.weight)
         nn.init.normal_(layer.down.weight, std=0.002)       # the MLP adds almost nothing yet
         for head in range(heads):
-            temporal, rows = head % 2 == 1, slice(head * H // heads, (head + 1) * H // heads)
-            query, key, value = (matrix[rows] for matrix in layer.qkv.weight.chunk(3))    # [D, H]
-            position_query, position_key = (
-                matrix[rows] for matrix in layer.position_qk.weight.chunk(2))        # [D, 2 * H]
+            temporal = head % 2 == 1
+            query, key, value = layer.qkv.weight.view(3, heads, -1, H)[:, head]      # [D, H] each
+            position_query, position_key = (                                         # [D, 2 * H]
+                layer.position_qk.weight.view(2, heads, -1, 2 * H)[:, head])
             nn.init.orthogonal_(query)
             query.mul_(CONTENT)
             lengths = TEMPORAL_HEAD if temporal else SPATIAL_HEAD
             for part, length in zip(position_query.chunk(2, dim=1), lengths):        # [D, H] each
                 nn.init.orthogonal_(part)
                 part.mul_(length)
-            # Keys equal queries, so a token attends to similar ones. But the keys of temporal heads
-            # carry the next time step, so a query finds the patch one step before its own.
+            # Keys equal queries, so a token attends to similar ones. The keys of temporal heads
+            # carry the next time step: a query finds the patch one step before its own.
             key.copy_(query)
             position_key.copy_(position_query)
             if temporal:
@@ -592,7 +592,7 @@ def initialise(model):
             value[:P] = directions.T[:H // heads]
             output = directions @ extrapolation(P) if temporal else directions           # [H, P]
             gain = HEAD_GAIN / len(model.layers) / len(range(temporal, heads, 2))
-            layer.out.weight[:, rows][:, :P] = gain * output[:, :H // heads]
+            layer.out.weight.view(H, heads, -1)[:, head, :P] = gain * output[:, :H // heads]
 
 # Part II: the program =============================================================================
 
