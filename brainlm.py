@@ -85,10 +85,8 @@ class TrainingConfig:
 
 # Settings without a flag; benchmarks/ablations.py measures what each is worth.
 MAX_GRADIENT_NORM = 1.0        # longer gradients are scaled to this, against unusual recordings
-FORWARD_MASKED = 1 / 3         # probability that a forward mask in training hides an earlier time
-                               # step too: several forecasts in one window
-LEFT_OUT = 2 / 3               # of the parcels to mask, a training step leaves out this fraction:
-                               # half of the tokens, so twice the steps in the same time
+FORWARD_MASKED = 1 / 3         # probability that a forward mask in training hides an earlier step
+LEFT_OUT = 2 / 3               # fraction of the parcels to mask that a training step leaves out
 
 # 2. Data: folders written by datasets.Dataset.save_to_disk of Hugging Face ------------------------
 # On a first reading it is enough to know that RecordingDataset gives windows [T, V] of recordings.
@@ -102,18 +100,16 @@ def seeded_generator(seed, stream, number):
 def read_arrow(path):
     """The dataset in a folder as a pyarrow.Table. state.json lists its files, Arrow IPC streams,
     which are memory-mapped: numbers stay on disk until they are used."""
-    folder, shards = Path(path).expanduser(), []
+    folder = Path(path).expanduser()
     with input_errors(f"Cannot read {path}: expected a complete folder written by "
                       "Dataset.save_to_disk; for a DatasetDict, pass one split"):
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if state.get("_indices_data_files"):
             raise ValueError("rows were selected or shuffled: flatten_indices() before saving")
-        for entry in state["_data_files"]:
-            file = pa.memory_map(str(folder / entry["filename"]))
-            shard = pa.ipc.open_stream(file).read_all()
-            shard.validate(full=True)           # finds bad offsets without reading numbers
-            shards.append(shard)
-        return pa.concat_tables(shards)
+        files = [pa.memory_map(str(folder / entry["filename"])) for entry in state["_data_files"]]
+        table = pa.concat_tables(pa.ipc.open_stream(file).read_all() for file in files)
+        table.validate(full=True)               # finds bad offsets without reading numbers
+        return table
 
 def read_column(table, name, path):
     """A column of the table that was read from path."""
@@ -122,9 +118,8 @@ def read_column(table, name, path):
     return table[name]
 
 def read_coordinates(path):
-    """Parcel centres, float32 [V, 3], in mm of MNI space (a standard brain), from columns X, Y, Z
-    of a dataset with one row per parcel; and a list of V functional networks from its column
-    Network, None for a parcel without one."""
+    """Parcel centres, float32 [V, 3], in mm of MNI space (a standard brain), and V functional
+    networks, None where unknown: columns X, Y, Z and Network of a dataset, one row per parcel."""
     table = read_arrow(path)
     with input_errors(f"{path}: columns X, Y and Z must hold numbers"):
         axes = [np.array(read_column(table, axis, path).to_pylist(), np.float32) for axis in "XYZ"]
@@ -135,8 +130,8 @@ def read_coordinates(path):
     return torch.from_numpy(np.stack(axes, axis=1)), networks                    # [V, 3]
 
 class RecordingDataset:
-    """The recordings (timepoints, parcels) in one column of a dataset, read as windows without
-    loading the rest. Any number type; lengths may differ. max_samples: use only the first rows.
+    """The recordings (timepoints, parcels) in one column of a dataset, of any number type and of
+    different lengths, read as windows without loading the rest. max_samples: use the first rows.
     Attributes: lengths, int64 [rows] in timepoints, and num_parcels."""
 
     def __init__(self, path, recording_col, max_samples=None):
@@ -181,8 +176,7 @@ class RecordingDataset:
         return torch.from_numpy(signals)
 
     def training_window(self, n, rows, num_timepoints, seed):
-        """(row, start) of training sample n. rows: the row numbers to train on. Each epoch takes a
-        random window of every row."""
+        """(row, start) of training sample n: in each epoch, a random window of each of the rows."""
         row = int(rows[shuffled_index(n, len(rows), seed)])
         num_starts = int(self.lengths[row]) - num_timepoints + 1
         start = torch.randint(num_starts, (), generator=seeded_generator(seed, "window", n))
