@@ -635,10 +635,9 @@ def check_recordings(dataset, window=1, num_parcels=None):
     widths = pc.list_value_length(dataset.timepoints).fill_null(0).to_numpy()
     V = dataset.num_parcels = num_parcels or max(1, *widths[:1])
     for row, (start, length) in enumerate(zip(dataset.starts, dataset.lengths)):
-        wrong = np.flatnonzero(widths[start:start + length] != V)
-        if len(wrong):
-            t, width = wrong[0], widths[start + wrong[0]]
-            raise InputError(f"{where}, row {row}, timepoint {t} has {width} parcels, not {V}: "
+        of_row = widths[start:start + length]
+        for t in np.flatnonzero(of_row != V):
+            raise InputError(f"{where}, row {row}, timepoint {t} has {of_row[t]} parcels, not {V}: "
                              "ragged, of another atlas or transposed (timepoints come first)?")
         if length < window:
             raise InputError(f"{where}, row {row} has {length} timepoints, fewer than a window of "
@@ -646,8 +645,7 @@ def check_recordings(dataset, window=1, num_parcels=None):
         signal = dataset.window(row)
         with np.errstate(over="ignore"):        # what is too large for float32 becomes infinite
             numbers = signal.astype(np.float32, copy=False)
-        if not np.isfinite(numbers).all():
-            t, v = np.argwhere(~np.isfinite(numbers))[0]
+        for t, v in np.argwhere(~np.isfinite(numbers)):
             raise InputError(f"{where}, row {row}, timepoint {t}, parcel {v} is {signal[t, v]}: "
                              "correct it or leave the row out")
         varying = numbers[:, numbers.any(axis=0)]       # a parcel without signal is all zeros
