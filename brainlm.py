@@ -1152,8 +1152,7 @@ def torchrun_numbers():
     for name in "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE":
         if int(os.environ.get(name, 1)) > 1:
             raise InputError(f"{name} is {os.environ[name]}, but every process would train alike: "
-                             "start one task per machine, with torchrun --nproc_per_node=PROCESSES "
-                             "brainlm.py ...")
+                             "start one torchrun --nproc_per_node=GPUS brainlm.py ... per machine")
     return 0, 0, 1
 
 def on_rank_0(function, *arguments):
@@ -1179,11 +1178,10 @@ def leave_to_rank_0():
     if rank > 0:
         sys.exit()
 
-def start_device(args):
-    """The device and a function that makes the autocast context of a batch. Under torchrun it
-    starts the process group."""
+def start_device(name, dtype):
+    """The device and a function that makes the autocast context of a batch, for the flags --device
+    and --dtype. Under torchrun it starts the process group."""
     _, local_rank, num_processes = torchrun_numbers()
-    name = args.device
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name
@@ -1193,7 +1191,7 @@ def start_device(args):
         torch.cuda.set_device(local_rank)               # which "cuda" means from here on
     if num_processes > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
-    mixed = args.dtype == "bfloat16" or args.dtype == "auto" and name == "cuda"
+    mixed = dtype == "bfloat16" or dtype == "auto" and name == "cuda"
     return torch.device(name), partial(torch.autocast, name, torch.bfloat16, enabled=mixed)
 
 def make_missing_sample_data():
@@ -1203,8 +1201,7 @@ def make_missing_sample_data():
             importlib.import_module("sample_data").make_sample_data("./sample_data")
 
 def participants_of(dataset):
-    """The participants in a RecordingDataset, by the first column that names them; without one, its
-    folder stands for all."""
+    """Names of the participants in a RecordingDataset; where no column has them, its folder's."""
     for name in dataset.table.column_names:
         if name.lower() in ("subject", "participant_id", "sub", "subject_id"):
             return {*map(str, dataset.table[name].to_pylist())} - {"None"}
@@ -1223,7 +1220,7 @@ def check_data(data, coords_path, T):
 
 def open_data(args, T):
     """The Data of a command, with windows of T timepoints."""
-    device, autocast = start_device(args)
+    device, autocast = start_device(args.device, args.dtype)
     if args.train_dataset_path == SAMPLE_DATA["train_dataset_path"]:
         on_rank_0(make_missing_sample_data)
     column, train = args.recording_col_name, None
@@ -1245,12 +1242,11 @@ RESULTS = ("README.md", "evaluation.json", "predictions.csv",       # they descr
 FROM_SCRATCH = "start from scratch with --overwrite_output_dir, or choose another --output_dir"
 
 def prepare_folder(args):
-    """Make args.output_dir. Returns the state of the run to be resumed there, None if there is
-    none. InputError if other files or the model to start from would be lost."""
+    """Make args.output_dir. Returns the state of the run to be resumed there or None. InputError if
+    other files or the model to start from would be lost."""
     folder = Path(args.output_dir)
     if args.model_name_or_path and Path(args.model_name_or_path).resolve() == folder.resolve():
-        raise InputError(f"--output_dir {folder} is the same as --model_name_or_path and would "
-                         "overwrite it: choose another")
+        raise InputError(f"--output_dir {folder} is the --model_name_or_path: choose another")
     folder.mkdir(parents=True, exist_ok=True)
     present = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
     file = folder / "training_state.pt"
@@ -1317,7 +1313,7 @@ def run_training(args, model, trained, data, num_recordings, batch_loss, validat
         if num_steps != state["num_steps"]:
             print(f"note: the learning rate now decays over {num_steps} steps instead of "
                   f"{state['num_steps']}")
-    elif num_steps * windows_per_step < 100:    # 60 parcels: masked R2 .01, as without training
+    elif num_steps * windows_per_step < 100:
         print(f"note: {num_steps} steps are too few to learn much: raise --max_steps")
 
     def loss_in_context(trained, samples, step):
@@ -1325,9 +1321,7 @@ def run_training(args, model, trained, data, num_recordings, batch_loss, validat
             return batch_loss(trained, samples, step)
 
     def save(step):
-        """First the complete training_state.pt, so that a run resumes from one step; then the
-        rest."""
-        if rank == 0:
+        if rank == 0:                           # first the one file that a run resumes from
             write_atomically(folder / "training_state.pt", {
                 "identity": identity, "step": step, "num_steps": num_steps, "metrics": metrics,
                 "losses": losses, "model": model.state_dict(),
