@@ -1446,10 +1446,10 @@ def finetune(args):
     mean, std = target[rows].mean(), target[rows].std()
 
     torch.manual_seed(args.seed)
-    model = BrainLMRegressor(backbone.config, mean, std).to(data.xyz.device)
-    model.backbone.load_state_dict(backbone.state_dict())
-    model.backbone.requires_grad_(not args.freeze_backbone)
-    for unused in model.backbone.head.weight, model.backbone.head.bias, model.backbone.mask_token:
+    model = BrainLMRegressor(backbone.config, mean, std)
+    model.backbone = backbone.requires_grad_(not args.freeze_backbone)
+    model.to(data.xyz.device)
+    for unused in backbone.head.weight, backbone.head.bias, backbone.mask_token:
         unused.requires_grad_(False)
     features_of, chosen = partial(recording_features, model, data), evenly(rows, MAX_BASELINE_ROWS)
     if args.freeze_backbone:                    # features never change: compute them once
