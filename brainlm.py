@@ -870,9 +870,9 @@ def in_batches(data, function, *tensors):
             outputs.append(function(*batch).float().cpu())
     return torch.cat(outputs)
 
-# A reconstruction method is anything that fills in what is masked: a function of signal [B, T, V],
-# xyz [V, 3] and mask, bool [B, N, V], that returns a reconstruction [B, T, V]. A BrainLM is one. So
-# are these baselines, each the conditional mean of a normal distribution that is fitted to data.
+# A reconstruction method is a function of signal [B, T, V], xyz [V, 3] and mask, bool [B, N, V],
+# that returns a reconstruction [B, T, V]. A BrainLM is one. So are these baselines, each the
+# conditional mean of a normal distribution that is fitted to data.
 
 def moments(dataset, blocks_of):
     """Mean [a] and covariance [a, a] of the samples in recordings: blocks_of(recording [T, V]) ->
@@ -887,9 +887,8 @@ def moments(dataset, blocks_of):
     return mean, products / count - np.outer(mean, mean)
 
 def conditional_mean(mean, covariance, observed, target, alpha):
-    """Expected target entries of a normally distributed vector, given the observed entries:
-    mean_t + C_to (C_oo + alpha)^-1 (x_o - mean_o). observed, target: indices. Returns it as weights
-    [observed, target] and intercept [target]."""
+    """Expected target entries of a normally distributed vector given the observed ones, mean_t +
+    C_to (C_oo + alpha)^-1 (x_o - mean_o), as weights [observed, target] and intercept [target]."""
     variance = max(covariance.diagonal().mean(), 1e-12)     # 0 where all is constant
     regularised = covariance[np.ix_(observed, observed)] + alpha * variance * np.eye(len(observed))
     weights = np.linalg.solve(regularised, covariance[np.ix_(observed, target)])
@@ -1030,8 +1029,8 @@ def knn_accuracy(distance, labels, k=5):
     return correct / len(labels)
 
 def parcel_distances(model, data):
-    """Distances of parcels, {method: [V, V]}, averaged over recordings: by similarity of hidden
-    states, by functional connectivity, by rows of either (profiles), and by coordinates."""
+    """Distances of parcels, {method: [V, V]}, averaged over recordings; a profile is a row of the
+    similarity of hidden states or of the functional connectivity."""
     windows = [(row, 0) for row in evenly(range(len(data.val)), MAX_WINDOWS)]
     signal = data.val.batch(windows, model.config.num_timepoints_per_voxel)  # [windows, T, V]
     similarity, connectivity = np.zeros((2, len(data.xyz), len(data.xyz)))
@@ -1046,8 +1045,8 @@ def parcel_distances(model, data):
             "coordinates": torch.cdist(data.xyz, data.xyz).cpu().numpy()}
 
 def evaluate_networks(model, data):
-    """Functional networks without training, {title: {method: {score: value}}}: the fraction of
-    parcels that get their label from their nearest neighbours. Parcels without one are left out."""
+    """Functional networks without training, {title: {method: {score: value}}}: the fraction of the
+    labelled parcels that get their label from their nearest neighbours."""
     labelled = [v for v, name in enumerate(data.networks) if name is not None]
     labels = [data.networks[v] for v in labelled]
     if not 1 < len(set(labels)) < len(labels):          # nothing to find
