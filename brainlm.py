@@ -6,11 +6,10 @@ interquartile range 1. The model masks three quarters of a window of 200 timepoi
 reconstruct them; its features then predict age or clinical scores. After Ortega Caro et al.,
 BrainLM, ICLR 2024: https://openreview.net/forum?id=RwI7ZEfR27
 
-Part I is the lesson (sections 1 to 9; it runs alone in a notebook cell), Part II the program.
-
-Shapes: B batch, T timepoints, V parcels, P patch length, N = T / P time steps, H hidden size,
-D = H / heads, S = 1 + N * V sequence length (CLS, then N * V patches). A *patch* is P timepoints of
-one parcel; *time step* n holds the n-th patches of all parcels; each patch becomes one *token*.
+Part I is the lesson (it runs alone in a notebook cell), Part II the program. Shapes: B batch, T
+timepoints, V parcels, P patch length, N = T / P time steps, H hidden size, D = H / heads,
+S = 1 + N * V sequence length (CLS, then N * V patches). A *patch* is P timepoints of one parcel;
+*time step* n holds the n-th patches of all parcels; each patch becomes one *token*.
 """
 
 import contextlib
@@ -200,10 +199,10 @@ def unpatchify(patches):
     return patches.transpose(2, 3).flatten(1, 2)
 
 class SpatialEncoding(nn.Module):
-    """Position of a parcel, learned from its coordinates: [V, 3] in MNI mm -> [V, H]. Why not a
-    Linear on xyz itself? Attention compares tokens by dot products, and those of three numbers
-    cannot express "attend to my neighbours". Dot products of sines and cosines of many wavelengths
-    can: they add up where two positions are close and cancel elsewhere."""
+    """Position of a parcel, learned from its coordinates: [V, 3] in MNI mm -> [V, H]. Attention
+    compares tokens by dot products. Those of raw coordinates cannot express "attend to my
+    neighbours"; those of sines and cosines of many wavelengths can: they add up where two positions
+    are close and cancel elsewhere."""
 
     def __init__(self, hidden_size):
         super().__init__()
@@ -249,11 +248,10 @@ def training_mask(N, V, mask_ratio, forward_mask_prob, generator=None):
     return random_mask(1, N, V, mask_ratio, generator)
 
 def block_causal_mask(N, V):
-    """Which token (query, row) attends to which (key, column): bool [S, S]. The sequence is
-    [CLS, all parcels at time step 0, all parcels at time step 1, ...]. A parcel attends to all
-    parcels of its own and of earlier time steps, never to later ones, so one model fills gaps and
-    forecasts. CLS (row 0) attends to everything, and nothing else attends to CLS (column 0): it has
-    seen the future and would leak it into the past from the second layer on."""
+    """Which token (query, row) attends to which (key, column): bool [S, S]. The sequence is [CLS,
+    parcels at time step 0, parcels at time step 1, ...]. A parcel attends to all parcels of its own
+    and of earlier time steps, so one model fills gaps and forecasts. CLS (row 0) attends to all,
+    and nothing else to CLS (column 0): it would leak the future from the second layer on."""
     step = torch.arange(N).repeat_interleave(V)                 # [N * V]: 0 0 0 1 1 1 ... (V = 3)
     attends = torch.ones(1 + N * V, 1 + N * V, dtype=torch.bool)
     attends[1:, 0] = False
@@ -263,14 +261,13 @@ def block_causal_mask(N, V):
 # 5. Attention under block_causal_mask, without building it ----------------------------------------
 
 def block_causal_attention(q, k, v, V):
-    """q, k, v and the result [B, heads, S, D]. All tokens of a time step attend to the same tokens,
-    which are one slice. So there is one dense attention call per time step, eligible for fused
-    kernels, and the pairs that the mask excludes (45% for 10 time steps) are never computed."""
+    """q, k, v and the result [B, heads, S, D]. All tokens of a time step attend to one slice of the
+    tokens: one dense attention call per time step, eligible for fused kernels. The pairs that the
+    mask excludes (45% for 10 time steps) are never computed."""
     outputs = [F.scaled_dot_product_attention(q[:, :, :1], k, v)]                # CLS
-    for start in range(1, q.shape[2], V):
-        stop = start + V
-        outputs.append(F.scaled_dot_product_attention(
-            q[:, :, start:stop], k[:, :, 1:stop], v[:, :, 1:stop]))
+    for stop in range(1 + V, q.shape[2] + 1, V):
+        query = q[:, :, stop - V:stop]
+        outputs.append(F.scaled_dot_product_attention(query, k[:, :, 1:stop], v[:, :, 1:stop]))
     return torch.cat(outputs, dim=2)
 
 # 6. Model -----------------------------------------------------------------------------------------
@@ -291,9 +288,9 @@ class Layer(nn.Module):
         self.down = nn.Linear(config.intermediate_size, H)
 
     def queries_keys_values(self, x, position):
-        """x [B, S, H], position [S, 2 * H] -> q, k, v, [B, heads, S, D] each. The tokens contain
-        their position already, but mixed with content, which blurs it from layer to layer. So every
-        layer adds spatial and temporal encoding, side by side, to its queries and keys."""
+        """x [B, S, H], position [S, 2 * H] -> q, k, v, [B, heads, S, D] each. The position in the
+        tokens blurs from layer to layer, so every layer adds spatial and temporal encoding, side by
+        side, to its queries and keys."""
         q, k, v = self.qkv(self.attention_norm(x)).chunk(3, dim=-1)              # [B, S, H] each
         position_q, position_k = self.position_qk(position).chunk(2, dim=-1)     # [S, H] each
         # [B, S, H] -> [B, heads, S, D]: each head works on its own D of the H numbers.
@@ -347,9 +344,8 @@ class BrainLM(nn.Module):
         temporal = temporal_encoding(T // P, H, device).to(dtype)                    # [N, H]
         tokens = patch_embedding + spatial + temporal[:, None]      # + [V, H] + [N, 1, H]
         cls = self.cls_token.expand(B, 1, -1)                                        # [B, 1, H]
-        position = torch.cat(
-            [spatial.repeat(T // P, 1), temporal.repeat_interleave(V, dim=0)], dim=1)
-        position = F.pad(position, (0, 0, 1, 0))    # [S, 2 * H]: CLS, with zeros, comes first
+        where, when = spatial.repeat(T // P, 1), temporal.repeat_interleave(V, dim=0)
+        position = F.pad(torch.cat([where, when], dim=1), (0, 0, 1, 0))  # [S, 2 * H], CLS: zeros
         return torch.cat([cls, tokens.flatten(1, 2)], dim=1), position
 
     def forward(self, signal, xyz, mask=None):
@@ -404,9 +400,8 @@ def pretraining_loss(model, dataset, xyz, config, seed, samples, step):
 
 class BrainLMRegressor(nn.Module):
     """Backbone and a 3-layer MLP: signal [B, T, V] -> [B], in the units of the target (years, ...).
-    In the paper the MLP gets CLS alone. Here nothing attends to CLS, so pretraining does not train
-    it, and the MLP also gets mean and standard deviation of all other hidden states. Participants
-    differ by a few percent in these, so four buffers standardise features and target."""
+    Pretraining does not train CLS, as nothing attends to it, so the MLP also gets mean and standard
+    deviation of all other hidden states. Four buffers standardise features and target."""
 
     def __init__(self, config, target_mean=0.0, target_std=1.0):
         super().__init__()
@@ -444,11 +439,9 @@ def regression_loss(prediction, target, target_std):
 def train(model, optimizers, batch_loss, training, num_steps, first_step=0,
           rank=0, num_processes=1):
     """Train the model in place: `for step, loss in train(...)`, from first_step to num_steps.
-    batch_loss(model, samples, step) -> scalar loss of the training samples with these numbers.
-    rank, num_processes: with several processes, each takes its own samples of a step.
-
-    It yields before the update: `step` updates are done, and the next one is known to be finite. A
-    checkpoint saved there is finite, and resuming from it repeats this very step."""
+    batch_loss(model, samples, step) -> scalar loss of the training samples with these numbers, of
+    which each of several processes takes its own. It yields before the update, which is known to be
+    finite: a checkpoint saved there has seen `step` updates, and resuming repeats this step."""
     B, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     for step in range(first_step, num_steps):
         cosine = 0.5 * (1 + math.cos(math.pi * step / num_steps))          # from 1 to 0
@@ -483,10 +476,10 @@ def make_optimizers(model):
     return optimizers
 
 class Muon(torch.optim.Optimizer):
-    """Jordan et al. 2024 (can be read last). Write a gradient as U S V' (singular value
-    decomposition): S says how large it is in each direction. The step is U V', equally large in all
-    directions, so that rare directions are learned as fast as common ones. In float32: bfloat16, as
-    in torch.optim.Muon, takes five times as long on CPUs without units for it."""
+    """Jordan et al. 2024 (can be read last). A gradient is U S V' (singular value decomposition), S
+    its size in each direction. The step is U V', equally large in all directions: rare ones are
+    learned as fast as common ones. In float32: bfloat16, as in torch.optim.Muon, takes five times
+    as long on CPUs without units for it."""
 
     def __init__(self, matrices, lr=1.5e-3):
         super().__init__(matrices, {"lr": lr})
