@@ -648,8 +648,7 @@ def check_recordings(dataset, window=1, num_parcels=None):
                 unusual.append(f"row {row}, where parcels vary by {std:.4g} around {offset:.4g}")
     if unusual:
         print(f"note: {dataset.path}: {len(unusual)} recordings have unusual units, for example "
-              f"{unusual[0]}: scale each parcel to median 0 and interquartile range 1 "
-              "(robust_scale in sample_data.py)")
+              f"{unusual[0]}: apply robust_scale of sample_data.py")
 
 def read_target(dataset, column, min_values):
     """A column of numbers, or of text that holds numbers, as float64 [rows], NaN where missing.
@@ -667,22 +666,19 @@ def read_target(dataset, column, min_values):
     if len(values) < min_values:
         raise InputError(f"{where} must have at least {min_values} different values")
     if len(known) < len(target):
-        print(f"note: {dataset.path}: {len(target) - len(known)} rows have no {column}: they are "
-              "neither trained on nor scored")
+        print(f"note: {dataset.path}: {len(target) - len(known)} rows have no {column}: left out")
     low, high = np.percentile(known, [25, 75]) if len(known) else (0, 0)
     for value, count in zip(values, counts):
         far = max(low - value, value - high) > 10 * (high - low) > 0
         if far and (count > 1 or abs(value) in (888, 999, 9999)):
-            print(f"note: {where} is {value:g} in {count} rows, far from all others: if that means "
-                  "missing, write None")
+            print(f"note: {where} is {value:g} in {count} rows, far from others: None if missing")
     return target
 
 # 11. Checkpoints: folders that survive a kill and are Hugging Face Hub repositories ---------------
 
 def write_atomically(path, content):
-    """Write text, or what torch.save takes, beside path and rename it into place: at any instant
-    path is the old file or the new one."""
-    temporary = Path(path).with_name(f".{Path(path).name}.part")
+    """Write text, or what torch.save takes: at any instant path is the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.part")
     with input_errors(f"Cannot write {path}; what was saved before is intact"):
         with open(temporary, "wb") as file:
             if isinstance(content, str):
@@ -756,8 +752,7 @@ def from_pretrained(model_class, name_or_path, **changes):
     if model_class is BrainLM:
         return getattr(model, "backbone", model)
     if not isinstance(model, BrainLMRegressor):
-        raise InputError(f"{name_or_path} holds no BrainLMRegressor (python brainlm.py finetune "
-                         "makes one)")
+        raise InputError(f"{name_or_path} holds no BrainLMRegressor: python brainlm.py finetune")
     return model
 
 MODELS = {"BrainLM": BrainLM, "BrainLMRegressor": BrainLMRegressor}
@@ -793,8 +788,7 @@ def embed(model, signal, xyz):
 @torch.no_grad()
 def attention(model, signal, xyz, layer, mask=None):
     """Attention weights of a layer (0: the first), [B, heads, S, S]; rows sum to one. Row 0 is CLS:
-    its columns 1.., unflattened to (N, V), say how much it attends to each token. For inspection:
-    it builds the S x S matrix that training avoids."""
+    its columns 1.., unflattened to (N, V), say how much it attends to each token."""
     V = signal.shape[2]
     x, position = model.tokens(signal, xyz, mask)
     for earlier in model.layers[:layer]:
@@ -1260,8 +1254,8 @@ def fingerprint(*contents):
     return digest.hexdigest()[:16]
 
 def identity_of(args, model, data):
-    """What must be the same for a run to be resumed, {name: value}. It does not matter in which
-    folders data and initial weights are, nor how many processes share a step."""
+    """What must be the same for a run to be resumed, {name: value}: no paths, nor how many
+    processes share a step."""
     folder = Path(args.train_dataset_path)
     state = (folder / "state.json").read_text(encoding="utf-8")
     sizes = [(folder / entry["filename"]).stat().st_size
@@ -1483,14 +1477,12 @@ def finetune(args):
 
 def evaluate(args):
     """Score a model on any dataset next to baselines, without training."""
-    source = model_folder(args.model_name_or_path)
-    at_home = source / "evaluate"               # but not in the cache of the Hub's downloads
-    if not Path(args.model_name_or_path).is_dir():
-        at_home = Path("runs", args.model_name_or_path, "evaluate")
-    folder = Path(args.output_dir or at_home)
+    name = args.model_name_or_path
+    source = model_folder(name)                 # or, of a model on the Hub, the cache of downloads
+    run = source if Path(name).is_dir() else Path("runs", name)
+    folder = Path(args.output_dir or run / "evaluate")
     if (folder / "training_state.pt").exists() or folder.resolve() == source.resolve():
-        raise InputError(f"--output_dir {folder} holds a run, which would be overwritten: choose "
-                         "another")
+        raise InputError(f"--output_dir {folder} would be overwritten: choose another")
     model = load_model(source, **settings_of(BrainLMConfig, args))
     data = open_data(args, model.config.num_timepoints_per_voxel)
     leave_to_rank_0()
@@ -1628,8 +1620,7 @@ def parse(arguments=None):
     if len(missing) == len(paths):
         vars(args).update(paths)
     elif missing and (args.command, missing) != ("evaluate", ["train_dataset_path"]):
-        raise InputError(f"Also pass --{' and --'.join(missing)}: give all paths, or none to use "
-                         "the sample data")
+        raise InputError(f"Also pass --{' and --'.join(missing)}, or no path for the sample data")
     for name in *paths, "output_dir":
         if getattr(args, name):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
@@ -1678,8 +1669,8 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
             self.post_init()
 
         def new_model(self):
-            """A new BrainLM or BrainLMRegressor: parameters of the default dtype, buffers float32.
-            When a checkpoint is loaded, each tensor keeps the dtype that it has here."""
+            """A new BrainLM or BrainLMRegressor: parameters of the default dtype, buffers float32,
+            as what a checkpoint is loaded into stays."""
             config = BrainLMConfig(**settings_of(BrainLMConfig, self.config))
             dtype = torch.get_default_dtype()
             torch.set_default_dtype(torch.float32)      # the initialisation needs an inverse
