@@ -1494,10 +1494,9 @@ def evaluate(args):
     else:
         column = args.variable_of_interest_col_name
         if column is None:
-            file = source / "args.json"
-            with input_errors(f"{file} names no target: pass --variable_of_interest_col_name"):
-                trained = json.loads(file.read_text(encoding="utf-8"))
-                column = trained["variable_of_interest_col_name"]
+            file, flag = source / "args.json", "variable_of_interest_col_name"
+            with input_errors(f"{file} names no target: pass --{flag}"):
+                column = json.loads(file.read_text(encoding="utf-8"))[flag]
         target = val_target = np.full(len(data.val), np.nan)
         if column in data.val.table.column_names:
             val_target = read_target(data.val, column, min_values=0)
