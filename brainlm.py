@@ -862,8 +862,7 @@ def in_batches(data, function, *tensors):
 # conditional mean of a normal distribution that is fitted to data.
 
 def moments(dataset, blocks_of):
-    """Mean [a] and covariance [a, a] of the samples in recordings: blocks_of(recording [T, V]) ->
-    arrays of samples [n, a]."""
+    """Mean [a] and covariance [a, a] of samples: blocks_of(recording [T, V]) -> arrays [n, a]."""
     count, total, products = 0, 0.0, 0.0
     for row in evenly(range(len(dataset)), MAX_BASELINE_ROWS):
         for samples in blocks_of(dataset.window(row).astype(np.float64)):
@@ -987,6 +986,8 @@ def evaluate_reconstruction(model, data):
             title = f"forecasting {P} timepoints from {T - P} ({B} windows)"
             baselines = [Persistence(), RidgeAutoregression(P), VectorAutoregression()]
             horizons = [h for h in HORIZONS if h <= P]
+        method = reconstruction_of(model, data)
+        table = {"BrainLM": reconstruction_scores(method, signal, data.xyz, mask, horizons)}
         rows = {}
         for baseline in baselines if data.train else []:
             baseline.fit(data.train)
@@ -995,10 +996,8 @@ def evaluate_reconstruction(model, data):
                 baseline.alpha = alpha
                 by_alpha.append(reconstruction_scores(baseline, signal, data.xyz, mask, horizons))
             rows[baseline.name] = max(by_alpha, key=lambda row: row["R2"])
-        ours = reconstruction_scores(
-            reconstruction_of(model, data), signal, data.xyz, mask, horizons)
         best_first = sorted(rows, key=lambda name: -rows[name]["R2"])
-        tables[title] = {"BrainLM": ours} | {name: rows[name] for name in best_first}
+        tables[title] = table | {name: rows[name] for name in best_first}
     return tables
 
 def correlation(signal):
@@ -1158,10 +1157,9 @@ def on_rank_0(function, *arguments):
 
 def leave_to_rank_0():
     """End the process group and all processes but rank 0."""
-    rank, _, num_processes = torchrun_numbers()
-    if num_processes > 1:
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-    if rank > 0:
+    if torchrun_numbers()[0] > 0:
         sys.exit()
 
 def start_device(name, dtype):
@@ -1213,12 +1211,11 @@ def open_data(args, T):
     if args.train_dataset_path:
         train = RecordingDataset(args.train_dataset_path, column, args.max_train_samples)
     val = RecordingDataset(args.val_dataset_path, column, args.max_eval_samples)
-    data = Data(*read_coordinates(args.coords_dataset_path), train, val,
-                args.per_device_eval_batch_size, autocast)
+    xyz, networks = read_coordinates(args.coords_dataset_path)
+    data = Data(xyz.to(device), networks, train, val, args.per_device_eval_batch_size, autocast)
     on_rank_0(check_data, data, args.coords_dataset_path, T)
     print(f"data: {len(train) if train else 'no'} training and {len(val)} validation recordings, "
-          f"{len(data.xyz)} parcels, windows of {T}")
-    data.xyz = data.xyz.to(device)
+          f"{len(xyz)} parcels, windows of {T}")
     return data
 
 # 15. A run: training that can be stopped and resumed ----------------------------------------------
@@ -1371,6 +1368,7 @@ Trained on {len(dataset)} recordings of {dataset.num_parcels} parcels (`{dataset
 `brainlm.{name}.from_pretrained` loads this folder; coordinates.json holds its parcels.
 The method: https://openreview.net/forum?id=RwI7ZEfR27
 """)
+    print(f"\nthe model is in {folder}")
 
 def write_predictions(folder, dataset, prediction):
     """predictions.csv: for each recording its row, the other columns of the dataset, the
@@ -1417,13 +1415,11 @@ def pretrain(args):
     tables = evaluate_reconstruction(model, data) | evaluate_networks(model, data)
     report(args, folder, tables)
     write_model_card(folder, model, data.train, tables)
-    print(f"\nthe model is in {folder}")
 
 def finetune(args):
     """Learn to predict a number, such as age, from each recording."""
     column = args.variable_of_interest_col_name
-    settings = settings_of(BrainLMConfig, args)
-    backbone = BrainLM.from_pretrained(args.model_name_or_path, **settings)
+    backbone = BrainLM.from_pretrained(args.model_name_or_path, **settings_of(BrainLMConfig, args))
     T = backbone.config.num_timepoints_per_voxel
     data = open_data(args, T)
     val_target = read_target(data.val, column, min_values=1)
@@ -1435,8 +1431,8 @@ def finetune(args):
     model = BrainLMRegressor(backbone.config, mean, std)
     model.backbone = backbone.requires_grad_(not args.freeze_backbone)
     model.to(data.xyz.device)
-    for unused in backbone.head.weight, backbone.head.bias, backbone.mask_token:
-        unused.requires_grad_(False)
+    backbone.head.requires_grad_(False)         # it is unused, as is the mask
+    backbone.mask_token.requires_grad_(False)
     features_of, chosen = partial(recording_features, model, data), evenly(rows, MAX_BASELINE_ROWS)
     if args.freeze_backbone:                    # features never change: compute them once
         features_of, chosen = cache(features_of), rows
@@ -1473,7 +1469,6 @@ def finetune(args):
     report(args, folder, tables)
     write_predictions(folder, data.val, prediction)
     write_model_card(folder, model, data.train, tables)
-    print(f"\nthe model is in {folder}")
 
 def evaluate(args):
     """Score a model on any dataset next to baselines, without training."""
