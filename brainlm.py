@@ -200,9 +200,8 @@ def unpatchify(patches):
 
 class SpatialEncoding(nn.Module):
     """Position of a parcel, learned from its coordinates: [V, 3] in MNI mm -> [V, H]. Attention
-    compares tokens by dot products. Those of raw coordinates cannot express "attend to my
-    neighbours"; those of sines and cosines of many wavelengths can: they add up where two positions
-    are close and cancel elsewhere."""
+    compares dot products. Those of raw coordinates cannot express "attend to my neighbours"; those
+    of waves of many lengths can: they add up where positions are close and cancel elsewhere."""
 
     def __init__(self, hidden_size):
         super().__init__()
@@ -288,9 +287,8 @@ class Layer(nn.Module):
         self.down = nn.Linear(config.intermediate_size, H)
 
     def queries_keys_values(self, x, position):
-        """x [B, S, H], position [S, 2 * H] -> q, k, v, [B, heads, S, D] each. The position in the
-        tokens blurs from layer to layer, so every layer adds spatial and temporal encoding, side by
-        side, to its queries and keys."""
+        """x [B, S, H], position [S, 2 * H] -> q, k, v, [B, heads, S, D] each. The position in x
+        blurs from layer to layer, so each layer adds both encodings to its queries and keys."""
         q, k, v = self.qkv(self.attention_norm(x)).chunk(3, dim=-1)              # [B, S, H] each
         position_q, position_k = self.position_qk(position).chunk(2, dim=-1)     # [S, H] each
         # [B, S, H] -> [B, heads, S, D]: each head works on its own D of the H numbers.
@@ -477,9 +475,8 @@ def make_optimizers(model):
 
 class Muon(torch.optim.Optimizer):
     """Jordan et al. 2024 (can be read last). A gradient is U S V' (singular value decomposition), S
-    its size in each direction. The step is U V', equally large in all directions: rare ones are
-    learned as fast as common ones. In float32: bfloat16, as in torch.optim.Muon, takes five times
-    as long on CPUs without units for it."""
+    its size in each direction. The step is U V', equally large in all: rare directions are learned
+    as fast as common ones. In float32: torch.optim.Muon's bfloat16 is slow on many CPUs."""
 
     def __init__(self, matrices, lr=1.5e-3):
         super().__init__(matrices, {"lr": lr})
@@ -510,9 +507,8 @@ class Muon(torch.optim.Optimizer):
 
 # Appendix: initialisation. Read it last; without it, learning takes several times as long. --------
 #
-# Interpolation in space (kriging) and autoregression in time, written as attention. Even heads, the
-# spatial ones, average nearby parcels of the same time step; odd heads, the temporal ones,
-# extrapolate the parcel's last patch.
+# Interpolation in space (kriging) and autoregression in time, written as attention. Even (spatial)
+# heads average nearby parcels of the time step, odd (temporal) ones extrapolate the last patch.
 
 SPATIAL_HEAD = 2.0, 4.0     # lengths of the spatial and the temporal part of queries: longer ones
 TEMPORAL_HEAD = 4.0, 3.0    # select more sharply, and temporal heads need a single parcel
@@ -1055,8 +1051,7 @@ def predict_recordings(model, features):
                      for windows in features])
 
 def regression_scores(prediction, target):
-    """Scores of predictions [n], also Pearson r; for a target of two values also the accuracy and
-    the AUC of the larger value."""
+    """Scores of predictions [n] and Pearson r; for a target of two values also accuracy and AUC."""
     covariance = np.mean((prediction - prediction.mean()) * (target - target.mean()))
     with np.errstate(divide="ignore", invalid="ignore"):
         r = covariance / (prediction.std() * target.std())
@@ -1251,8 +1246,7 @@ def fingerprint(*contents):
     return digest.hexdigest()[:16]
 
 def identity_of(args, model, data):
-    """What must be the same for a run to be resumed, {name: value}: no paths, nor how many
-    processes share a step."""
+    """What must be the same for a run to be resumed, {name: value}: neither paths nor processes."""
     folder = Path(args.train_dataset_path)
     state = (folder / "state.json").read_text(encoding="utf-8")
     sizes = [(folder / entry["filename"]).stat().st_size
@@ -1663,8 +1657,7 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
             self.post_init()
 
         def new_model(self):
-            """A new BrainLM or BrainLMRegressor: parameters of the default dtype, buffers float32,
-            as what a checkpoint is loaded into stays."""
+            """A new model; loading keeps these types: parameters the default, buffers float32."""
             config = BrainLMConfig(**settings_of(BrainLMConfig, self.config))
             dtype = torch.get_default_dtype()
             torch.set_default_dtype(torch.float32)      # the initialisation needs an inverse
