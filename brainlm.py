@@ -1129,10 +1129,6 @@ def torchrun_numbers():
     """(rank, local rank, number of processes) given by torchrun; (0, 0, 1) without it."""
     if dist.is_available() and dist.is_torchelastic_launched():
         return tuple(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    for name in "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE":
-        if int(os.environ.get(name, 1)) > 1:
-            raise InputError(f"{name} is {os.environ[name]}, but every process would train alike: "
-                             "start one torchrun --nproc_per_node=GPUS brainlm.py ... per machine")
     return 0, 0, 1
 
 def on_rank_0(function, *arguments):
@@ -1601,6 +1597,10 @@ def parse(arguments=None):
     if args.command is None:
         parser.print_help()
         sys.exit(2)
+    for name in "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE":
+        if torchrun_numbers()[2] == 1 and int(os.environ.get(name, 1)) > 1:
+            raise InputError(f"{name} is {os.environ[name]}, but every process would train alike: "
+                             "start one torchrun --nproc_per_node=GPUS brainlm.py ... per machine")
     paths = dict(SAMPLE_DATA)
     if args.command != "pretrain":
         paths["model_name_or_path"] = "./runs/pretrain"
