@@ -1153,22 +1153,6 @@ def leave_to_rank_0():
     if torchrun_numbers()[0] > 0:
         sys.exit()
 
-def start_device(name, dtype):
-    """The device and a function that makes the autocast context of a batch, for the flags --device
-    and --dtype. Under torchrun it starts the process group."""
-    _, local_rank, num_processes = torchrun_numbers()
-    if name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
-    with input_errors(f"--device {name} is not available on this machine or in this torch"):
-        torch.zeros(1, device=name)
-    if name == "cuda":
-        torch.cuda.set_device(local_rank)               # which "cuda" means from here on
-    if num_processes > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
-    mixed = dtype == "bfloat16" or dtype == "auto" and name == "cuda"
-    return torch.device(name), partial(torch.autocast, name, torch.bfloat16, enabled=mixed)
-
 def make_missing_sample_data():
     if not Path("sample_data/train/state.json").exists():              # written last
         print("no ./sample_data yet: making it (python sample_data.py)")
@@ -1194,8 +1178,22 @@ def check_data(data, coords_path, T):
                   "validation data: scores say nothing about new participants")
 
 def open_data(args, T):
-    """The Data of a command, with windows of T timepoints."""
-    device, autocast = start_device(args.device, args.dtype)
+    """Start the device and, under torchrun, the process group. Returns the Data of a command, with
+    windows of T timepoints."""
+    _, local_rank, num_processes = torchrun_numbers()
+    device = args.device
+    if device == "auto":
+        device = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else device
+    with input_errors(f"--device {device} is not available on this machine or in this torch"):
+        torch.zeros(1, device=device)
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)               # which "cuda" means from here on
+    if num_processes > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    mixed = args.dtype == "bfloat16" or args.dtype == "auto" and device == "cuda"
+    autocast = partial(torch.autocast, device, torch.bfloat16, enabled=mixed)
+
     if args.train_dataset_path == SAMPLE_DATA["train_dataset_path"]:
         on_rank_0(make_missing_sample_data)
     column, train = args.recording_col_name, None
