@@ -191,8 +191,7 @@ def shuffled_index(n, count, seed):
 
 def patchify(signal, P):
     """Cut each parcel's time series into patches of P timepoints: [B, T, V] -> [B, N, V, P]."""
-    B, T, V = signal.shape
-    return signal.reshape(B, T // P, P, V).transpose(2, 3)
+    return signal.unflatten(1, (-1, P)).transpose(2, 3)
 
 def unpatchify(patches):
     """Inverse of patchify: [B, N, V, P] -> [B, T, V]."""
@@ -229,9 +228,8 @@ def random_mask(B, N, V, mask_ratio, generator=None):
     num_masked = round(mask_ratio * V)
     if num_masked == 0:
         raise InputError(f"mask_ratio {mask_ratio} masks none of {V} parcels: nothing to learn")
-    order = torch.rand(B, N, V, generator=generator).argsort(dim=2)      # B * N permutations of V
-    mask = torch.zeros(B, N, V, dtype=torch.bool)
-    return mask.scatter_(2, order[:, :, :num_masked], True)
+    rank = torch.rand(B, N, V, generator=generator).argsort(dim=2).argsort(dim=2)    # 0 to V - 1
+    return rank < num_masked
 
 def forward_mask(B, N, V):
     """bool [B, N, V], True = masked: the whole last time step. To reconstruct it is to forecast."""
@@ -446,7 +444,6 @@ def train(model, optimizers, batch_loss, training, num_steps, first_step=0,
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = training.learning_rate * cosine
-
         loss = 0.0
         for i in range(accumulation):
             first = ((step * accumulation + i) * num_processes + rank) * B
@@ -458,7 +455,6 @@ def train(model, optimizers, batch_loss, training, num_steps, first_step=0,
             raise InputError(f"step {step + 1}: loss {loss}, gradient norm {norm:.3g}: "
                              "lower --learning_rate; the last checkpoint is intact")
         yield step, loss
-
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
