@@ -1267,9 +1267,9 @@ def run_training(args, model, trained, data, num_recordings, batch_loss, validat
     if state:
         with input_errors(f"{folder / 'training_state.pt'} cannot be resumed: {FROM_SCRATCH}"):
             for name, value in identity.items():
-                if state["identity"][name] != value:
-                    raise InputError(f"{folder}: {name} was {state['identity'][name]} and is now "
-                                     f"{value}: {FROM_SCRATCH}")
+                was = state["identity"][name]
+                if was != value:
+                    raise InputError(f"{folder}: {name} was {was}, is now {value}: {FROM_SCRATCH}")
             model.load_state_dict(state["model"])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
