@@ -46,8 +46,8 @@ def input_errors(message):
 
 @dataclass
 class BrainLMConfig:
-    """What defines a model: the config.json of a run folder. Each field is a flag of `pretrain` and
-    its comment the help. Names are those of the published code. InputError if fields do not fit."""
+    """What defines a model: config.json. Each field, named as in the published code, is a flag of
+    `pretrain` and its comment the help. InputError if fields do not fit."""
     num_timepoints_per_voxel: int = 200       # T, timepoints in a window
     timepoint_patching_size: int = 20         # P, timepoints in a patch
     hidden_size: int = 64                     # H, numbers in a token
@@ -60,8 +60,8 @@ class BrainLMConfig:
 
     def __post_init__(self):
         T, P, H = self.num_timepoints_per_voxel, self.timepoint_patching_size, self.hidden_size
-        if self.num_attention_heads is None:    # even: half start out spatial, half temporal; wide
-            self.num_attention_heads = max(2, H // 128 * 2)     # enough to compare positions
+        if self.num_attention_heads is None:    # even: half start out spatial, half temporal
+            self.num_attention_heads = max(2, H // 128 * 2)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * H
         heads = self.num_attention_heads
@@ -158,8 +158,7 @@ class RecordingDataset:
         length, V = int(self.lengths[row]), self.num_parcels
         T = length - start if num_timepoints is None else num_timepoints
         if not 0 <= start <= start + T <= length:
-            raise InputError(f"{self.path}: column {self.recording_col!r}, row {row} has {length} "
-                             f"timepoints, so no window of {T} from timepoint {start} on")
+            raise InputError(f"{self.path}: row {row} has {length} timepoints: no {T} from {start}")
         values = self.values.slice((int(self.starts[row]) + start) * V, T * V)
         return values.chunk(0).to_numpy(zero_copy_only=False).reshape(T, V)  # a row is in one chunk
 
@@ -362,8 +361,8 @@ class BrainLM(nn.Module):
 
 def pretraining_batch(dataset, xyz, config, seed, samples, step):
     """Signal [B, T, W], coordinates [W, 3] and mask bool [B, N, W] of the samples with these
-    numbers, for W of all V parcels: as many as stay visible, and a third of those to mask. A third
-    teaches nearly as much as all of them, and leaving out the others pays for twice the steps."""
+    numbers, for W of all V parcels: a third of those to mask teaches nearly as much as all of them,
+    and leaving out the others pays for twice the steps."""
     T, V = config.num_timepoints_per_voxel, dataset.num_parcels
     N = T // config.timepoint_patching_size
     num_masked = round(config.mask_ratio * V)
