@@ -601,8 +601,7 @@ def check_coordinates(xyz, path):
     if len(xyz) == 0:
         raise InputError(f"{path} has no rows: expected one row per parcel")
     for row, axis in torch.nonzero(~xyz.isfinite()).tolist():
-        raise InputError(f"{path}: column {'XYZ'[axis]!r}, row {row} must be a finite number (got "
-                         f"{xyz[row, axis]})")
+        raise InputError(f"{path}: column {'XYZ'[axis]!r}, row {row} is {xyz[row, axis]}")
     farthest = xyz.abs().max()          # a brain reaches 110 mm; voxel indices are never negative
     if xyz.min() >= 0 or not 12 <= farthest <= 200:
         print(f"note: {path}: coordinates up to {farthest:.4g} do not look like MNI millimetres")
@@ -657,7 +656,8 @@ def read_target(dataset, column, min_values):
     if len(values) < min_values:
         raise InputError(f"{where} must have at least {min_values} different values")
     if len(known) < len(target):
-        print(f"note: {dataset.path}: {len(target) - len(known)} rows have no {column}: left out")
+        print(f"note: {dataset.path}: {len(target) - len(known)} rows have no {column}: they are "
+              "neither trained on nor scored")
     low, high = np.percentile(known, [25, 75]) if len(known) else (0, 0)
     for value, count in zip(values, counts):
         far = max(low - value, value - high) > 10 * (high - low) > 0
