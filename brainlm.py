@@ -322,12 +322,11 @@ class BrainLM(nn.Module):
         sequence [B, S, H] and its positions [S, 2 * H]. InputError if the shapes do not fit."""
         H, P = self.config.hidden_size, self.config.timepoint_patching_size
         if not torch.is_tensor(signal) or signal.dim() != 3 or not torch.is_tensor(xyz):
-            raise InputError("signal [B, T, V] and xyz [V, 3] must be tensors (torch.from_numpy; "
-                             "signal[None] adds the batch)")
+            raise InputError("signal [B, T, V] and xyz [V, 3] must be tensors")
         B, T, V = signal.shape
         if T % P or V != len(xyz):
-            raise InputError(f"signal has {T} timepoints and {V} parcels: the first must be a "
-                             f"multiple of {P}, the second equal the {len(xyz)} coordinates")
+            raise InputError(f"signal has {T} timepoints and {V} parcels: expected a multiple of "
+                             f"{P} and as many as the {len(xyz)} coordinates")
         device, dtype = self.cls_token.device, self.cls_token.dtype     # input may have others
         patches = patchify(signal, P).to(device, dtype)                              # [B, N, V, P]
         patch_embedding = self.patch_projection(patches)                             # [B, N, V, H]
