@@ -712,8 +712,7 @@ def model_folder(name):
 def load_model(name_or_path, **changes):
     """The BrainLM or BrainLMRegressor of a run folder or, "user/name", of the Hub, in evaluation
     mode. changes: fields of its config to replace, such as mask_ratio."""
-    folder = model_folder(name_or_path)
-    file = folder / "config.json"
+    file = model_folder(name_or_path) / "config.json"
     with input_errors(f"Cannot read {file}: expected the config of a BrainLM"):
         saved = json.loads(file.read_text(encoding="utf-8"))
         if "model_class" not in saved:
@@ -721,11 +720,10 @@ def load_model(name_or_path, **changes):
                              "cannot be loaded")
         settings = {option.name: saved[option.name] for option in fields(BrainLMConfig)}
         model = MODELS[saved["model_class"]](BrainLMConfig(**settings | changes))
-    heads = model.config.num_attention_heads
-    if heads != settings["num_attention_heads"]:        # no weight's shape depends on it
-        raise InputError(f"{folder} was trained with {settings['num_attention_heads']} "
-                         f"num_attention_heads and cannot have {heads}")
-    weights = {}
+    heads = settings["num_attention_heads"]
+    if model.config.num_attention_heads != heads:       # no weight's shape depends on it
+        raise InputError(f"{file}: the {heads} num_attention_heads cannot be changed")
+    weights, folder = {}, file.parent
     for file in sorted(folder.glob("model*.safetensors")) or [folder / "pytorch_model.bin"]:
         with input_errors(f"{file} is missing, truncated, a Git LFS pointer or holds no weights"):
             if file.suffix == ".bin":           # of both formats, the one that transformers loads
