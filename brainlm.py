@@ -500,7 +500,6 @@ class Muon(torch.optim.Optimizer):
         matrix.sub_(lr * math.sqrt(max(matrix.shape)) * step)   # entries of about 1, as Adam's
 
 # Appendix: initialisation. Read it last; without it, learning takes several times as long. --------
-#
 # Interpolation in space (kriging) and autoregression in time, written as attention. Even (spatial)
 # heads average nearby parcels of the time step, odd (temporal) ones extrapolate the last patch.
 
@@ -530,8 +529,7 @@ def initialise(model):
     nn.init.normal_(model.mask_token, std=0.3)
 
     # Patches are written along P orthonormal directions and read from them. QR makes these
-    # orthogonal to ones (the mean, which LayerNorm removes) and, as far as H has room, to the
-    # temporal encoding: what points there, the head would print as signal.
+    # orthogonal to ones, which LayerNorm removes, and as far as possible to the temporal encoding.
     others = torch.cat([torch.ones(H, 1), temporal_encoding(N, H).T], dim=1)[:, :H - P]
     directions = torch.linalg.qr(torch.cat([others, torch.randn(H, P)], dim=1))[0][:, -P:]  # [H, P]
     model.patch_projection.weight.copy_(directions)
