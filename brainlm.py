@@ -46,8 +46,8 @@ def input_errors(message):
 
 @dataclass
 class BrainLMConfig:
-    """What defines a model: the config.json of a run folder. Each field is a flag of `pretrain` and
-    its comment the help. Names are those of the published code. InputError if fields do not fit."""
+    """What defines a model: config.json. Each field, named as in the published code, is a flag of
+    `pretrain` and its comment the help. InputError if fields do not fit."""
     num_timepoints_per_voxel: int = 200       # T, timepoints in a window
     timepoint_patching_size: int = 20         # P, timepoints in a patch
     hidden_size: int = 64                     # H, numbers in a token
@@ -60,8 +60,8 @@ class BrainLMConfig:
 
     def __post_init__(self):
         T, P, H = self.num_timepoints_per_voxel, self.timepoint_patching_size, self.hidden_size
-        if self.num_attention_heads is None:    # even: half start out spatial, half temporal; wide
-            self.num_attention_heads = max(2, H // 128 * 2)     # enough to compare positions
+        if self.num_attention_heads is None:    # even: half start out spatial, half temporal
+            self.num_attention_heads = max(2, H // 128 * 2)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * H
         heads = self.num_attention_heads
@@ -158,8 +158,7 @@ class RecordingDataset:
         length, V = int(self.lengths[row]), self.num_parcels
         T = length - start if num_timepoints is None else num_timepoints
         if not 0 <= start <= start + T <= length:
-            raise InputError(f"{self.path}: column {self.recording_col!r}, row {row} has {length} "
-                             f"timepoints, so no window of {T} from timepoint {start} on")
+            raise InputError(f"{self.path}: row {row} has {length} timepoints: no {T} from {start}")
         values = self.values.slice((int(self.starts[row]) + start) * V, T * V)
         return values.chunk(0).to_numpy(zero_copy_only=False).reshape(T, V)  # a row is in one chunk
 
@@ -191,8 +190,7 @@ def shuffled_index(n, count, seed):
 
 def patchify(signal, P):
     """Cut each parcel's time series into patches of P timepoints: [B, T, V] -> [B, N, V, P]."""
-    B, T, V = signal.shape
-    return signal.reshape(B, T // P, P, V).transpose(2, 3)
+    return signal.unflatten(1, (-1, P)).transpose(2, 3)
 
 def unpatchify(patches):
     """Inverse of patchify: [B, N, V, P] -> [B, T, V]."""
@@ -229,9 +227,8 @@ def random_mask(B, N, V, mask_ratio, generator=None):
     num_masked = round(mask_ratio * V)
     if num_masked == 0:
         raise InputError(f"mask_ratio {mask_ratio} masks none of {V} parcels: nothing to learn")
-    order = torch.rand(B, N, V, generator=generator).argsort(dim=2)      # B * N permutations of V
-    mask = torch.zeros(B, N, V, dtype=torch.bool)
-    return mask.scatter_(2, order[:, :, :num_masked], True)
+    rank = torch.rand(B, N, V, generator=generator).argsort(dim=2).argsort(dim=2)    # 0 to V - 1
+    return rank < num_masked
 
 def forward_mask(B, N, V):
     """bool [B, N, V], True = masked: the whole last time step. To reconstruct it is to forecast."""
@@ -325,12 +322,11 @@ class BrainLM(nn.Module):
         sequence [B, S, H] and its positions [S, 2 * H]. InputError if the shapes do not fit."""
         H, P = self.config.hidden_size, self.config.timepoint_patching_size
         if not torch.is_tensor(signal) or signal.dim() != 3 or not torch.is_tensor(xyz):
-            raise InputError("signal [B, T, V] and xyz [V, 3] must be tensors (torch.from_numpy; "
-                             "signal[None] adds the batch)")
+            raise InputError("signal [B, T, V] and xyz [V, 3] must be tensors")
         B, T, V = signal.shape
         if T % P or V != len(xyz):
-            raise InputError(f"signal has {T} timepoints and {V} parcels: the first must be a "
-                             f"multiple of {P}, the second equal the {len(xyz)} coordinates")
+            raise InputError(f"signal has {T} timepoints and {V} parcels: expected a multiple of "
+                             f"{P} and as many as the {len(xyz)} coordinates")
         device, dtype = self.cls_token.device, self.cls_token.dtype     # input may have others
         patches = patchify(signal, P).to(device, dtype)                              # [B, N, V, P]
         patch_embedding = self.patch_projection(patches)                             # [B, N, V, H]
@@ -364,8 +360,8 @@ class BrainLM(nn.Module):
 
 def pretraining_batch(dataset, xyz, config, seed, samples, step):
     """Signal [B, T, W], coordinates [W, 3] and mask bool [B, N, W] of the samples with these
-    numbers, for W of all V parcels: as many as stay visible, and a third of those to mask. A third
-    teaches nearly as much as all of them, and leaving out the others pays for twice the steps."""
+    numbers, for W of all V parcels: a third of those to mask teaches nearly as much as all of them,
+    and leaving out the others pays for twice the steps."""
     T, V = config.num_timepoints_per_voxel, dataset.num_parcels
     N = T // config.timepoint_patching_size
     num_masked = round(config.mask_ratio * V)
@@ -446,7 +442,6 @@ def train(model, optimizers, batch_loss, training, num_steps, first_step=0,
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = training.learning_rate * cosine
-
         loss = 0.0
         for i in range(accumulation):
             first = ((step * accumulation + i) * num_processes + rank) * B
@@ -458,7 +453,6 @@ def train(model, optimizers, batch_loss, training, num_steps, first_step=0,
             raise InputError(f"step {step + 1}: loss {loss}, gradient norm {norm:.3g}: "
                              "lower --learning_rate; the last checkpoint is intact")
         yield step, loss
-
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
@@ -506,7 +500,6 @@ class Muon(torch.optim.Optimizer):
         matrix.sub_(lr * math.sqrt(max(matrix.shape)) * step)   # entries of about 1, as Adam's
 
 # Appendix: initialisation. Read it last; without it, learning takes several times as long. --------
-#
 # Interpolation in space (kriging) and autoregression in time, written as attention. Even (spatial)
 # heads average nearby parcels of the time step, odd (temporal) ones extrapolate the last patch.
 
@@ -536,8 +529,7 @@ def initialise(model):
     nn.init.normal_(model.mask_token, std=0.3)
 
     # Patches are written along P orthonormal directions and read from them. QR makes these
-    # orthogonal to ones (the mean, which LayerNorm removes) and, as far as H has room, to the
-    # temporal encoding: what points there, the head would print as signal.
+    # orthogonal to ones, which LayerNorm removes, and as far as possible to the temporal encoding.
     others = torch.cat([torch.ones(H, 1), temporal_encoding(N, H).T], dim=1)[:, :H - P]
     directions = torch.linalg.qr(torch.cat([others, torch.randn(H, P)], dim=1))[0][:, -P:]  # [H, P]
     model.patch_projection.weight.copy_(directions)
@@ -606,8 +598,7 @@ def check_coordinates(xyz, path):
     if len(xyz) == 0:
         raise InputError(f"{path} has no rows: expected one row per parcel")
     for row, axis in torch.nonzero(~xyz.isfinite()).tolist():
-        raise InputError(f"{path}: column {'XYZ'[axis]!r}, row {row} must be a finite number (got "
-                         f"{xyz[row, axis]})")
+        raise InputError(f"{path}: column {'XYZ'[axis]!r}, row {row} is {xyz[row, axis]}")
     farthest = xyz.abs().max()          # a brain reaches 110 mm; voxel indices are never negative
     if xyz.min() >= 0 or not 12 <= farthest <= 200:
         print(f"note: {path}: coordinates up to {farthest:.4g} do not look like MNI millimetres")
@@ -662,7 +653,8 @@ def read_target(dataset, column, min_values):
     if len(values) < min_values:
         raise InputError(f"{where} must have at least {min_values} different values")
     if len(known) < len(target):
-        print(f"note: {dataset.path}: {len(target) - len(known)} rows have no {column}: left out")
+        print(f"note: {dataset.path}: {len(target) - len(known)} rows have no {column}: they are "
+              "neither trained on nor scored")
     low, high = np.percentile(known, [25, 75]) if len(known) else (0, 0)
     for value, count in zip(values, counts):
         far = max(low - value, value - high) > 10 * (high - low) > 0
@@ -718,8 +710,7 @@ def model_folder(name):
 def load_model(name_or_path, **changes):
     """The BrainLM or BrainLMRegressor of a run folder or, "user/name", of the Hub, in evaluation
     mode. changes: fields of its config to replace, such as mask_ratio."""
-    folder = model_folder(name_or_path)
-    file = folder / "config.json"
+    file = model_folder(name_or_path) / "config.json"
     with input_errors(f"Cannot read {file}: expected the config of a BrainLM"):
         saved = json.loads(file.read_text(encoding="utf-8"))
         if "model_class" not in saved:
@@ -727,11 +718,10 @@ def load_model(name_or_path, **changes):
                              "cannot be loaded")
         settings = {option.name: saved[option.name] for option in fields(BrainLMConfig)}
         model = MODELS[saved["model_class"]](BrainLMConfig(**settings | changes))
-    heads = model.config.num_attention_heads
-    if heads != settings["num_attention_heads"]:        # no weight's shape depends on it
-        raise InputError(f"{folder} was trained with {settings['num_attention_heads']} "
-                         f"num_attention_heads and cannot have {heads}")
-    weights = {}
+    heads = settings["num_attention_heads"]
+    if model.config.num_attention_heads != heads:       # no weight's shape depends on it
+        raise InputError(f"{file}: the {heads} num_attention_heads cannot be changed")
+    weights, folder = {}, file.parent
     for file in sorted(folder.glob("model*.safetensors")) or [folder / "pytorch_model.bin"]:
         with input_errors(f"{file} is missing, truncated, a Git LFS pointer or holds no weights"):
             if file.suffix == ".bin":           # of both formats, the one that transformers loads
@@ -1272,9 +1262,9 @@ def run_training(args, model, trained, data, num_recordings, batch_loss, validat
     if state:
         with input_errors(f"{folder / 'training_state.pt'} cannot be resumed: {FROM_SCRATCH}"):
             for name, value in identity.items():
-                if state["identity"][name] != value:
-                    raise InputError(f"{folder}: {name} was {state['identity'][name]} and is now "
-                                     f"{value}: {FROM_SCRATCH}")
+                was = state["identity"][name]
+                if was != value:
+                    raise InputError(f"{folder}: {name} was {was}, is now {value}: {FROM_SCRATCH}")
             model.load_state_dict(state["model"])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
