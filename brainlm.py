@@ -378,11 +378,13 @@ def pretraining_batch(dataset, xyz, config, seed, samples, step):
 
 def reconstruction_loss(prediction, signal, mask, loss_fn="mse"):
     """Mean squared ("mse") or absolute ("mae") error over masked tokens alone: visible ones could
-    simply be copied. prediction, signal [B, T, V], mask bool [B, N, V] -> scalar."""
+    simply be copied. All samples count alike, however many tokens they mask, so that the losses of
+    batches and processes average. prediction, signal [B, T, V], mask bool [B, N, V] -> scalar."""
     P = signal.shape[1] // mask.shape[1]
     masked = mask.repeat_interleave(P, dim=1).to(prediction.device)                  # [B, T, V]
-    error = (prediction - signal.to(prediction.device))[masked]
-    return error.square().mean() if loss_fn == "mse" else error.abs().mean()
+    error = (prediction - signal.to(prediction.device)).masked_fill(~masked, 0)
+    error = error.square() if loss_fn == "mse" else error.abs()                      # [B, T, V]
+    return (error.sum(dim=(1, 2)) / masked.sum(dim=(1, 2))).mean()
 
 def pretraining_loss(model, dataset, xyz, config, seed, samples, step):
     """Pretraining in three lines, for one batch of a training step -> scalar."""
