@@ -393,12 +393,14 @@ def pretraining_batch(dataset, xyz, config, seed, samples, step):
     return signal, xyz[parcels.to(xyz.device)], mask
 
 def reconstruction_loss(prediction, signal, mask, loss_fn="mse"):
-    """Mean squared ("mse") or absolute ("mae") error over masked tokens alone: visible ones could
-    simply be copied. prediction, signal [B, T, V], mask bool [B, N, V] -> scalar."""
+    """Mean squared ("mse") or absolute ("mae") error over the masked tokens of each sample (visible
+    ones could simply be copied), then over samples: so it does not matter how a step is split into
+    batches. prediction, signal [B, T, V], mask bool [B, N, V] -> scalar."""
     P = signal.shape[1] // mask.shape[1]
     masked = mask.repeat_interleave(P, dim=1).to(prediction.device)                  # [B, T, V]
-    error = (prediction - signal.to(prediction.device))[masked]
-    return error.square().mean() if loss_fn == "mse" else error.abs().mean()
+    error = prediction - signal.to(prediction.device)
+    error = error.square() if loss_fn == "mse" else error.abs()
+    return torch.stack([each[m].mean() for each, m in zip(error, masked.expand_as(error))]).mean()
 
 def pretraining_loss(model, dataset, xyz, config, seed, samples, step):
     """Pretraining in three lines, for one batch of a training step -> scalar."""
