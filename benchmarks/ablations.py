@@ -322,7 +322,7 @@ def print_tables(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument
-    flag("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="rows of the table")
+    flag("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="rows")
     flag("--data", nargs="+", choices=SOURCES, default=list(SOURCES))
     flag("--seeds", nargs="+", type=int, default=[0])
     flag("--steps", type=int, help="training steps, for both data sets")
@@ -333,7 +333,7 @@ def main():
     flag("--table", action="store_true", help="only print the results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)              # else temporal queries of 8 and 6 take 4 times as long
+    torch.set_flush_denormal(True)              # else long temporal queries take 4 times as long
     args.only = list(dict.fromkeys([RECIPE, *args.only]))
     runs = [(row, source, subject, seed, steps_of(args, row, source))
             for row in args.only for seed in args.seeds for source in args.data
