@@ -1500,6 +1500,10 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message} ({self.prog} --help lists the flags)")
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):                 # a default of None would say nothing
+        return action.help if action.default is None else super()._get_help_string(action)
+
 def number(kind, lowest, highest=10 ** 18):
     """An argparse type: an int or a float from lowest to highest."""
     def convert(text):
@@ -1534,8 +1538,9 @@ def command_line():
     for function in pretrain, finetune, evaluate:
         name = function.__name__
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__,
-                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        group = command.add_argument_group("paths", "all, or none: ./sample_data, ./runs/pretrain")
+                                      formatter_class=HelpFormatter)
+        group = command.add_argument_group(
+            "paths", "pass all of them, or none to use ./sample_data and ./runs/pretrain")
         flag = group.add_argument
         flag("--train_dataset_path", help="training recordings")
         flag("--val_dataset_path", help="validation recordings")
@@ -1544,28 +1549,29 @@ def command_line():
         flag = command.add_argument_group("data, results and device").add_argument
         flag("--recording_col_name", default="Voxelwise_RobustScaler_Normalized_Recording",
              help="column of recordings (timepoints, parcels)")
-        flag("--max_train_samples", type=count, help="use only the first recordings")
-        flag("--max_eval_samples", type=count, help="use only the first recordings")
+        flag("--max_train_samples", type=count, help="use only this many training recordings")
+        flag("--max_eval_samples", type=count, help="use only this many validation recordings")
         flag("--output_dir", default=None if name == "evaluate" else f"./runs/{name}",
-             help="folder for the results; None: RUN/evaluate")
+             help="folder for the results; of evaluate, by default `evaluate` in the run folder")
         flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
              help="auto: the fastest available")
         flag("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
              help="auto: bfloat16 on CUDA, float32 elsewhere")
-        flag("--per_device_eval_batch_size", type=count, default=8, help="windows at once")
+        flag("--per_device_eval_batch_size", type=count, default=8, help="windows evaluated at once")
         group = command.add_argument_group("model")
         flag = group.add_argument
         if name == "pretrain":
             add_fields(group, BrainLMConfig)
         else:
-            flag("--variable_of_interest_col_name", help="column to predict; None: as finetuned")
-            flag("--num_timepoints_per_voxel", type=count, help="T; None: as in pretraining")
+            flag("--variable_of_interest_col_name", help="column of numbers to predict")
+            flag("--num_timepoints_per_voxel", type=count,
+                 help="timepoints in a window; by default as in pretraining")
         if name == "evaluate":
             continue
         group = command.add_argument_group("training")
         add_fields(group, TrainingConfig)
         flag = group.add_argument
-        flag("--num_train_epochs", type=number(float, 0), default=16, help="passes over the data")
+        flag("--num_train_epochs", type=number(float, 0), default=16, help="a window per recording each")
         flag("--max_steps", type=count, help="training steps, instead of epochs")
         flag("--logging_steps", type=count, default=10, help="steps between lines of progress")
         flag("--eval_steps", type=number(int, 0), default=200,
