@@ -1552,12 +1552,13 @@ def command_line():
         flag("--max_train_samples", type=count, help="use only this many training recordings")
         flag("--max_eval_samples", type=count, help="use only this many validation recordings")
         flag("--output_dir", default=None if name == "evaluate" else f"./runs/{name}",
-             help="folder for the results; of evaluate, by default `evaluate` in the run folder")
+             help="folder for the results; evaluate: by default a folder in the run's")
         flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
              help="auto: the fastest available")
         flag("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
              help="auto: bfloat16 on CUDA, float32 elsewhere")
-        flag("--per_device_eval_batch_size", type=count, default=8, help="windows evaluated at once")
+        flag("--per_device_eval_batch_size", type=count, default=8,
+             help="windows evaluated at once")
         group = command.add_argument_group("model")
         flag = group.add_argument
         if name == "pretrain":
@@ -1571,7 +1572,8 @@ def command_line():
         group = command.add_argument_group("training")
         add_fields(group, TrainingConfig)
         flag = group.add_argument
-        flag("--num_train_epochs", type=number(float, 0), default=16, help="a window per recording each")
+        flag("--num_train_epochs", type=number(float, 0), default=16,
+             help="epochs, each of one window per recording")
         flag("--max_steps", type=count, help="training steps, instead of epochs")
         flag("--logging_steps", type=count, default=10, help="steps between lines of progress")
         flag("--eval_steps", type=number(int, 0), default=200,
