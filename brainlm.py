@@ -6,11 +6,10 @@ interquartile range 1. The model masks three quarters of a window of 200 timepoi
 reconstruct them; its features then predict age or clinical scores. After Ortega Caro et al.,
 BrainLM, ICLR 2024: https://openreview.net/forum?id=RwI7ZEfR27
 
-Part I is the lesson (sections 1 to 9; it runs alone in a notebook cell), Part II the program.
-
-Shapes: B batch, T timepoints, V parcels, P patch length, N = T / P time steps, H hidden size,
-D = H / heads, S = 1 + N * V sequence length (CLS, then N * V patches). A *patch* is P timepoints of
-one parcel; *time step* n holds the n-th patches of all parcels; each patch becomes one *token*.
+Part I is the lesson (it runs alone in a notebook cell), Part II the program. Shapes: B batch, T
+timepoints, V parcels, P patch length, N = T / P time steps, H hidden size, D = H / heads,
+S = 1 + N * V sequence length (CLS, then N * V patches). A *patch* is P timepoints of one parcel;
+*time step* n holds the n-th patches of all parcels; each patch becomes one *token*.
 """
 
 import contextlib
@@ -47,8 +46,8 @@ def input_errors(message):
 
 @dataclass
 class BrainLMConfig:
-    """What defines a model: the config.json of a run folder. Each field is a flag of `pretrain` and
-    its comment the help. Names are those of the published code. InputError if fields do not fit."""
+    """What defines a model: config.json. Each field, named as in the published code, is a flag of
+    `pretrain` and its comment the help. InputError if fields do not fit."""
     num_timepoints_per_voxel: int = 200       # T, timepoints in a window
     timepoint_patching_size: int = 20         # P, timepoints in a patch
     hidden_size: int = 64                     # H, numbers in a token
@@ -61,8 +60,8 @@ class BrainLMConfig:
 
     def __post_init__(self):
         T, P, H = self.num_timepoints_per_voxel, self.timepoint_patching_size, self.hidden_size
-        if self.num_attention_heads is None:    # even: half start out spatial, half temporal; wide
-            self.num_attention_heads = max(2, H // 128 * 2)     # enough to compare positions
+        if self.num_attention_heads is None:    # even: half start out spatial, half temporal
+            self.num_attention_heads = max(2, H // 128 * 2)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * H
         heads = self.num_attention_heads
@@ -85,10 +84,8 @@ class TrainingConfig:
 
 # Settings without a flag; benchmarks/ablations.py measures what each is worth.
 MAX_GRADIENT_NORM = 1.0        # longer gradients are scaled to this, against unusual recordings
-FORWARD_MASKED = 1 / 3         # probability that a forward mask in training hides an earlier time
-                               # step too: several forecasts in one window
-LEFT_OUT = 2 / 3               # of the parcels to mask, a training step leaves out this fraction:
-                               # half of the tokens, so twice the steps in the same time
+FORWARD_MASKED = 1 / 3         # probability that a forward mask in training hides an earlier step
+LEFT_OUT = 2 / 3               # fraction of the parcels to mask that a training step leaves out
 
 # 2. Data: folders written by datasets.Dataset.save_to_disk of Hugging Face ------------------------
 # On a first reading it is enough to know that RecordingDataset gives windows [T, V] of recordings.
@@ -102,18 +99,16 @@ def seeded_generator(seed, stream, number):
 def read_arrow(path):
     """The dataset in a folder as a pyarrow.Table. state.json lists its files, Arrow IPC streams,
     which are memory-mapped: numbers stay on disk until they are used."""
-    folder, shards = Path(path).expanduser(), []
+    folder = Path(path).expanduser()
     with input_errors(f"Cannot read {path}: expected a complete folder written by "
                       "Dataset.save_to_disk; for a DatasetDict, pass one split"):
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if state.get("_indices_data_files"):
             raise ValueError("rows were selected or shuffled: flatten_indices() before saving")
-        for entry in state["_data_files"]:
-            file = pa.memory_map(str(folder / entry["filename"]))
-            shard = pa.ipc.open_stream(file).read_all()
-            shard.validate(full=True)           # finds bad offsets without reading numbers
-            shards.append(shard)
-        return pa.concat_tables(shards)
+        files = [pa.memory_map(str(folder / entry["filename"])) for entry in state["_data_files"]]
+        table = pa.concat_tables(pa.ipc.open_stream(file).read_all() for file in files)
+        table.validate(full=True)               # finds bad offsets without reading numbers
+        return table
 
 def read_column(table, name, path):
     """A column of the table that was read from path."""
@@ -122,9 +117,8 @@ def read_column(table, name, path):
     return table[name]
 
 def read_coordinates(path):
-    """Parcel centres, float32 [V, 3], in mm of MNI space (a standard brain), from columns X, Y, Z
-    of a dataset with one row per parcel; and a list of V functional networks from its column
-    Network, None for a parcel without one."""
+    """Parcel centres, float32 [V, 3], in mm of MNI space (a standard brain), and V functional
+    networks, None where unknown: columns X, Y, Z and Network of a dataset, one row per parcel."""
     table = read_arrow(path)
     with input_errors(f"{path}: columns X, Y and Z must hold numbers"):
         axes = [np.array(read_column(table, axis, path).to_pylist(), np.float32) for axis in "XYZ"]
@@ -135,8 +129,8 @@ def read_coordinates(path):
     return torch.from_numpy(np.stack(axes, axis=1)), networks                    # [V, 3]
 
 class RecordingDataset:
-    """The recordings (timepoints, parcels) in one column of a dataset, read as windows without
-    loading the rest. Any number type; lengths may differ. max_samples: use only the first rows.
+    """The recordings (timepoints, parcels) in one column of a dataset, of any number type and of
+    different lengths, read as windows without loading the rest. max_samples: use the first rows.
     Attributes: lengths, int64 [rows] in timepoints, and num_parcels."""
 
     def __init__(self, path, recording_col, max_samples=None):
@@ -164,8 +158,7 @@ class RecordingDataset:
         length, V = int(self.lengths[row]), self.num_parcels
         T = length - start if num_timepoints is None else num_timepoints
         if not 0 <= start <= start + T <= length:
-            raise InputError(f"{self.path}: column {self.recording_col!r}, row {row} has {length} "
-                             f"timepoints, so no window of {T} from timepoint {start} on")
+            raise InputError(f"{self.path}: row {row} has {length} timepoints: no {T} from {start}")
         values = self.values.slice((int(self.starts[row]) + start) * V, T * V)
         return values.chunk(0).to_numpy(zero_copy_only=False).reshape(T, V)  # a row is in one chunk
 
@@ -181,8 +174,7 @@ class RecordingDataset:
         return torch.from_numpy(signals)
 
     def training_window(self, n, rows, num_timepoints, seed):
-        """(row, start) of training sample n. rows: the row numbers to train on. Each epoch takes a
-        random window of every row."""
+        """(row, start) of training sample n: in each epoch, a random window of each of the rows."""
         row = int(rows[shuffled_index(n, len(rows), seed)])
         num_starts = int(self.lengths[row]) - num_timepoints + 1
         start = torch.randint(num_starts, (), generator=seeded_generator(seed, "window", n))
@@ -198,18 +190,16 @@ def shuffled_index(n, count, seed):
 
 def patchify(signal, P):
     """Cut each parcel's time series into patches of P timepoints: [B, T, V] -> [B, N, V, P]."""
-    B, T, V = signal.shape
-    return signal.reshape(B, T // P, P, V).transpose(2, 3)
+    return signal.unflatten(1, (-1, P)).transpose(2, 3)
 
 def unpatchify(patches):
     """Inverse of patchify: [B, N, V, P] -> [B, T, V]."""
     return patches.transpose(2, 3).flatten(1, 2)
 
 class SpatialEncoding(nn.Module):
-    """Position of a parcel, learned from its coordinates: [V, 3] in MNI mm -> [V, H]. Why not a
-    Linear on xyz itself? Attention compares tokens by dot products, and those of three numbers
-    cannot express "attend to my neighbours". Dot products of sines and cosines of many wavelengths
-    can: they add up where two positions are close and cancel elsewhere."""
+    """Position of a parcel, learned from its coordinates: [V, 3] in MNI mm -> [V, H]. Attention
+    compares dot products. Those of raw coordinates cannot express "attend to my neighbours"; those
+    of waves of many lengths can: they add up where positions are close and cancel elsewhere."""
 
     def __init__(self, hidden_size):
         super().__init__()
@@ -237,9 +227,8 @@ def random_mask(B, N, V, mask_ratio, generator=None):
     num_masked = round(mask_ratio * V)
     if num_masked == 0:
         raise InputError(f"mask_ratio {mask_ratio} masks none of {V} parcels: nothing to learn")
-    order = torch.rand(B, N, V, generator=generator).argsort(dim=2)      # B * N permutations of V
-    mask = torch.zeros(B, N, V, dtype=torch.bool)
-    return mask.scatter_(2, order[:, :, :num_masked], True)
+    rank = torch.rand(B, N, V, generator=generator).argsort(dim=2).argsort(dim=2)    # 0 to V - 1
+    return rank < num_masked
 
 def forward_mask(B, N, V):
     """bool [B, N, V], True = masked: the whole last time step. To reconstruct it is to forecast."""
@@ -255,11 +244,10 @@ def training_mask(N, V, mask_ratio, forward_mask_prob, generator=None):
     return random_mask(1, N, V, mask_ratio, generator)
 
 def block_causal_mask(N, V):
-    """Which token (query, row) attends to which (key, column): bool [S, S]. The sequence is
-    [CLS, all parcels at time step 0, all parcels at time step 1, ...]. A parcel attends to all
-    parcels of its own and of earlier time steps, never to later ones, so one model fills gaps and
-    forecasts. CLS (row 0) attends to everything, and nothing else attends to CLS (column 0): it has
-    seen the future and would leak it into the past from the second layer on."""
+    """Which token (query, row) attends to which (key, column): bool [S, S]. The sequence is [CLS,
+    parcels at time step 0, parcels at time step 1, ...]. A parcel attends to all parcels of its own
+    and of earlier time steps, so one model fills gaps and forecasts. CLS (row 0) attends to all,
+    and nothing else to CLS (column 0): it would leak the future from the second layer on."""
     step = torch.arange(N).repeat_interleave(V)                 # [N * V]: 0 0 0 1 1 1 ... (V = 3)
     attends = torch.ones(1 + N * V, 1 + N * V, dtype=torch.bool)
     attends[1:, 0] = False
@@ -269,14 +257,13 @@ def block_causal_mask(N, V):
 # 5. Attention under block_causal_mask, without building it ----------------------------------------
 
 def block_causal_attention(q, k, v, V):
-    """q, k, v and the result [B, heads, S, D]. All tokens of a time step attend to the same tokens,
-    which are one slice. So there is one dense attention call per time step, eligible for fused
-    kernels, and the pairs that the mask excludes (45% for 10 time steps) are never computed."""
+    """q, k, v and the result [B, heads, S, D]. All tokens of a time step attend to one slice of the
+    tokens: one dense attention call per time step, eligible for fused kernels. The pairs that the
+    mask excludes (45% for 10 time steps) are never computed."""
     outputs = [F.scaled_dot_product_attention(q[:, :, :1], k, v)]                # CLS
-    for start in range(1, q.shape[2], V):
-        stop = start + V
-        outputs.append(F.scaled_dot_product_attention(
-            q[:, :, start:stop], k[:, :, 1:stop], v[:, :, 1:stop]))
+    for stop in range(1 + V, q.shape[2] + 1, V):
+        query = q[:, :, stop - V:stop]
+        outputs.append(F.scaled_dot_product_attention(query, k[:, :, 1:stop], v[:, :, 1:stop]))
     return torch.cat(outputs, dim=2)
 
 # 6. Model -----------------------------------------------------------------------------------------
@@ -297,9 +284,8 @@ class Layer(nn.Module):
         self.down = nn.Linear(config.intermediate_size, H)
 
     def queries_keys_values(self, x, position):
-        """x [B, S, H], position [S, 2 * H] -> q, k, v, [B, heads, S, D] each. The tokens contain
-        their position already, but mixed with content, which blurs it from layer to layer. So every
-        layer adds spatial and temporal encoding, side by side, to its queries and keys."""
+        """x [B, S, H], position [S, 2 * H] -> q, k, v, [B, heads, S, D] each. The position in x
+        blurs from layer to layer, so each layer adds both encodings to its queries and keys."""
         q, k, v = self.qkv(self.attention_norm(x)).chunk(3, dim=-1)              # [B, S, H] each
         position_q, position_k = self.position_qk(position).chunk(2, dim=-1)     # [S, H] each
         # [B, S, H] -> [B, heads, S, D]: each head works on its own D of the H numbers.
@@ -336,12 +322,11 @@ class BrainLM(nn.Module):
         sequence [B, S, H] and its positions [S, 2 * H]. InputError if the shapes do not fit."""
         H, P = self.config.hidden_size, self.config.timepoint_patching_size
         if not torch.is_tensor(signal) or signal.dim() != 3 or not torch.is_tensor(xyz):
-            raise InputError("signal [B, T, V] and xyz [V, 3] must be tensors (torch.from_numpy; "
-                             "signal[None] adds the batch)")
+            raise InputError("signal [B, T, V] and xyz [V, 3] must be tensors")
         B, T, V = signal.shape
         if T % P or V != len(xyz):
-            raise InputError(f"signal has {T} timepoints and {V} parcels: the first must be a "
-                             f"multiple of {P}, the second equal the {len(xyz)} coordinates")
+            raise InputError(f"signal has {T} timepoints and {V} parcels: expected a multiple of "
+                             f"{P} and as many as the {len(xyz)} coordinates")
         device, dtype = self.cls_token.device, self.cls_token.dtype     # input may have others
         patches = patchify(signal, P).to(device, dtype)                              # [B, N, V, P]
         patch_embedding = self.patch_projection(patches)                             # [B, N, V, H]
@@ -353,9 +338,8 @@ class BrainLM(nn.Module):
         temporal = temporal_encoding(T // P, H, device).to(dtype)                    # [N, H]
         tokens = patch_embedding + spatial + temporal[:, None]      # + [V, H] + [N, 1, H]
         cls = self.cls_token.expand(B, 1, -1)                                        # [B, 1, H]
-        position = torch.cat(
-            [spatial.repeat(T // P, 1), temporal.repeat_interleave(V, dim=0)], dim=1)
-        position = F.pad(position, (0, 0, 1, 0))    # [S, 2 * H]: CLS, with zeros, comes first
+        where, when = spatial.repeat(T // P, 1), temporal.repeat_interleave(V, dim=0)
+        position = F.pad(torch.cat([where, when], dim=1), (0, 0, 1, 0))  # [S, 2 * H], CLS: zeros
         return torch.cat([cls, tokens.flatten(1, 2)], dim=1), position
 
     def forward(self, signal, xyz, mask=None):
@@ -376,8 +360,8 @@ class BrainLM(nn.Module):
 
 def pretraining_batch(dataset, xyz, config, seed, samples, step):
     """Signal [B, T, W], coordinates [W, 3] and mask bool [B, N, W] of the samples with these
-    numbers, for W of all V parcels: as many as stay visible, and a third of those to mask. A third
-    teaches nearly as much as all of them, and leaving out the others pays for twice the steps."""
+    numbers, for W of all V parcels: a third of those to mask teaches nearly as much as all of them,
+    and leaving out the others pays for twice the steps."""
     T, V = config.num_timepoints_per_voxel, dataset.num_parcels
     N = T // config.timepoint_patching_size
     num_masked = round(config.mask_ratio * V)
@@ -394,11 +378,13 @@ def pretraining_batch(dataset, xyz, config, seed, samples, step):
 
 def reconstruction_loss(prediction, signal, mask, loss_fn="mse"):
     """Mean squared ("mse") or absolute ("mae") error over masked tokens alone: visible ones could
-    simply be copied. prediction, signal [B, T, V], mask bool [B, N, V] -> scalar."""
+    simply be copied. All samples count alike, however many tokens they mask, so that the losses of
+    batches and processes average. prediction, signal [B, T, V], mask bool [B, N, V] -> scalar."""
     P = signal.shape[1] // mask.shape[1]
     masked = mask.repeat_interleave(P, dim=1).to(prediction.device)                  # [B, T, V]
-    error = (prediction - signal.to(prediction.device))[masked]
-    return error.square().mean() if loss_fn == "mse" else error.abs().mean()
+    error = (prediction - signal.to(prediction.device)).masked_fill(~masked, 0)
+    error = error.square() if loss_fn == "mse" else error.abs()                      # [B, T, V]
+    return (error.sum(dim=(1, 2)) / masked.sum(dim=(1, 2))).mean()
 
 def pretraining_loss(model, dataset, xyz, config, seed, samples, step):
     """Pretraining in three lines, for one batch of a training step -> scalar."""
@@ -410,9 +396,8 @@ def pretraining_loss(model, dataset, xyz, config, seed, samples, step):
 
 class BrainLMRegressor(nn.Module):
     """Backbone and a 3-layer MLP: signal [B, T, V] -> [B], in the units of the target (years, ...).
-    In the paper the MLP gets CLS alone. Here nothing attends to CLS, so pretraining does not train
-    it, and the MLP also gets mean and standard deviation of all other hidden states. Participants
-    differ by a few percent in these, so four buffers standardise features and target."""
+    Pretraining does not train CLS, as nothing attends to it, so the MLP also gets mean and standard
+    deviation of all other hidden states. Four buffers standardise features and target."""
 
     def __init__(self, config, target_mean=0.0, target_std=1.0):
         super().__init__()
@@ -450,18 +435,15 @@ def regression_loss(prediction, target, target_std):
 def train(model, optimizers, batch_loss, training, num_steps, first_step=0,
           rank=0, num_processes=1):
     """Train the model in place: `for step, loss in train(...)`, from first_step to num_steps.
-    batch_loss(model, samples, step) -> scalar loss of the training samples with these numbers.
-    rank, num_processes: with several processes, each takes its own samples of a step.
-
-    It yields before the update: `step` updates are done, and the next one is known to be finite. A
-    checkpoint saved there is finite, and resuming from it repeats this very step."""
+    batch_loss(model, samples, step) -> scalar loss of the training samples with these numbers, of
+    which each of several processes takes its own. It yields before the update, which is known to be
+    finite: a checkpoint saved there has seen `step` updates, and resuming repeats this step."""
     B, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     for step in range(first_step, num_steps):
         cosine = 0.5 * (1 + math.cos(math.pi * step / num_steps))          # from 1 to 0
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = training.learning_rate * cosine
-
         loss = 0.0
         for i in range(accumulation):
             first = ((step * accumulation + i) * num_processes + rank) * B
@@ -473,7 +455,6 @@ def train(model, optimizers, batch_loss, training, num_steps, first_step=0,
             raise InputError(f"step {step + 1}: loss {loss}, gradient norm {norm:.3g}: "
                              "lower --learning_rate; the last checkpoint is intact")
         yield step, loss
-
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
@@ -489,10 +470,9 @@ def make_optimizers(model):
     return optimizers
 
 class Muon(torch.optim.Optimizer):
-    """Jordan et al. 2024 (can be read last). Write a gradient as U S V' (singular value
-    decomposition): S says how large it is in each direction. The step is U V', equally large in all
-    directions, so that rare directions are learned as fast as common ones. In float32: bfloat16, as
-    in torch.optim.Muon, takes five times as long on CPUs without units for it."""
+    """Jordan et al. 2024 (can be read last). A gradient is U S V' (singular value decomposition), S
+    its size in each direction. The step is U V', equally large in all: rare directions are learned
+    as fast as common ones. In float32: torch.optim.Muon's bfloat16 is slow on many CPUs."""
 
     def __init__(self, matrices, lr=1.5e-3):
         super().__init__(matrices, {"lr": lr})
@@ -522,15 +502,13 @@ class Muon(torch.optim.Optimizer):
         matrix.sub_(lr * math.sqrt(max(matrix.shape)) * step)   # entries of about 1, as Adam's
 
 # Appendix: initialisation. Read it last; without it, learning takes several times as long. --------
-#
-# What a network with random weights would first have to find out: interpolation in space (kriging)
-# and autoregression in time, written as attention. Even heads, the spatial ones, average nearby
-# parcels of the same time step; odd heads, the temporal ones, extrapolate the parcel's last patch.
+# Interpolation in space (kriging) and autoregression in time, written as attention. Even (spatial)
+# heads average nearby parcels of the time step, odd (temporal) ones extrapolate the last patch.
 
 SPATIAL_HEAD = 2.0, 4.0     # lengths of the spatial and the temporal part of queries: longer ones
 TEMPORAL_HEAD = 4.0, 3.0    # select more sharply, and temporal heads need a single parcel
 CONTENT = 0.2               # length of the content part of a query
-HEAD_GAIN = 0.6             # summed output of all heads of one kind; both kinds say much the same
+HEAD_GAIN = 0.6             # summed output of all heads of one kind
 SMOOTHNESS, NOISE = 4.0, 0.5    # BOLD is smooth over some 4 timepoints; half as much is white noise
 
 def extrapolation(P):
@@ -552,9 +530,8 @@ def initialise(model):
     nn.init.normal_(model.cls_token, std=0.02)
     nn.init.normal_(model.mask_token, std=0.3)
 
-    # Patches are written along P orthonormal directions and read from them. Nothing else may point
-    # there, or the head would print it as signal: QR makes them orthogonal to ones (the mean, which
-    # LayerNorm removes) and, as far as H has room, to the temporal encoding.
+    # Patches are written along P orthonormal directions and read from them. QR makes these
+    # orthogonal to ones, which LayerNorm removes, and as far as possible to the temporal encoding.
     others = torch.cat([torch.ones(H, 1), temporal_encoding(N, H).T], dim=1)[:, :H - P]
     directions = torch.linalg.qr(torch.cat([others, torch.randn(H, P)], dim=1))[0][:, -P:]  # [H, P]
     model.patch_projection.weight.copy_(directions)
@@ -571,18 +548,18 @@ def initialise(model):
         nn.init.zeros_(layer.out.weight)
         nn.init.normal_(layer.down.weight, std=0.002)       # the MLP adds almost nothing yet
         for head in range(heads):
-            temporal, rows = head % 2 == 1, slice(head * H // heads, (head + 1) * H // heads)
-            query, key, value = (matrix[rows] for matrix in layer.qkv.weight.chunk(3))    # [D, H]
-            position_query, position_key = (
-                matrix[rows] for matrix in layer.position_qk.weight.chunk(2))        # [D, 2 * H]
+            temporal = head % 2 == 1
+            query, key, value = layer.qkv.weight.view(3, heads, -1, H)[:, head]      # [D, H] each
+            position_query, position_key = (                                         # [D, 2 * H]
+                layer.position_qk.weight.view(2, heads, -1, 2 * H)[:, head])
             nn.init.orthogonal_(query)
             query.mul_(CONTENT)
             lengths = TEMPORAL_HEAD if temporal else SPATIAL_HEAD
             for part, length in zip(position_query.chunk(2, dim=1), lengths):        # [D, H] each
                 nn.init.orthogonal_(part)
                 part.mul_(length)
-            # Keys equal queries, so a token attends to similar ones. But the keys of temporal heads
-            # carry the next time step, so a query finds the patch one step before its own.
+            # Keys equal queries, so a token attends to similar ones. The keys of temporal heads
+            # carry the next time step: a query finds the patch one step before its own.
             key.copy_(query)
             position_key.copy_(position_query)
             if temporal:
@@ -592,7 +569,7 @@ def initialise(model):
             value[:P] = directions.T[:H // heads]
             output = directions @ extrapolation(P) if temporal else directions           # [H, P]
             gain = HEAD_GAIN / len(model.layers) / len(range(temporal, heads, 2))
-            layer.out.weight[:, rows][:, :P] = gain * output[:, :H // heads]
+            layer.out.weight.view(H, heads, -1)[:, head, :P] = gain * output[:, :H // heads]
 
 # Part II: the program =============================================================================
 
@@ -623,8 +600,7 @@ def check_coordinates(xyz, path):
     if len(xyz) == 0:
         raise InputError(f"{path} has no rows: expected one row per parcel")
     for row, axis in torch.nonzero(~xyz.isfinite()).tolist():
-        raise InputError(f"{path}: column {'XYZ'[axis]!r}, row {row} must be a finite number (got "
-                         f"{xyz[row, axis]})")
+        raise InputError(f"{path}: column {'XYZ'[axis]!r}, row {row} is {xyz[row, axis]}")
     farthest = xyz.abs().max()          # a brain reaches 110 mm; voxel indices are never negative
     if xyz.min() >= 0 or not 12 <= farthest <= 200:
         print(f"note: {path}: coordinates up to {farthest:.4g} do not look like MNI millimetres")
@@ -641,10 +617,9 @@ def check_recordings(dataset, window=1, num_parcels=None):
     widths = pc.list_value_length(dataset.timepoints).fill_null(0).to_numpy()
     V = dataset.num_parcels = num_parcels or max(1, *widths[:1])
     for row, (start, length) in enumerate(zip(dataset.starts, dataset.lengths)):
-        wrong = np.flatnonzero(widths[start:start + length] != V)
-        if len(wrong):
-            t, width = wrong[0], widths[start + wrong[0]]
-            raise InputError(f"{where}, row {row}, timepoint {t} has {width} parcels, not {V}: "
+        of_row = widths[start:start + length]
+        for t in np.flatnonzero(of_row != V):
+            raise InputError(f"{where}, row {row}, timepoint {t} has {of_row[t]} parcels, not {V}: "
                              "ragged, of another atlas or transposed (timepoints come first)?")
         if length < window:
             raise InputError(f"{where}, row {row} has {length} timepoints, fewer than a window of "
@@ -652,8 +627,7 @@ def check_recordings(dataset, window=1, num_parcels=None):
         signal = dataset.window(row)
         with np.errstate(over="ignore"):        # what is too large for float32 becomes infinite
             numbers = signal.astype(np.float32, copy=False)
-        if not np.isfinite(numbers).all():
-            t, v = np.argwhere(~np.isfinite(numbers))[0]
+        for t, v in np.argwhere(~np.isfinite(numbers)):
             raise InputError(f"{where}, row {row}, timepoint {t}, parcel {v} is {signal[t, v]}: "
                              "correct it or leave the row out")
         varying = numbers[:, numbers.any(axis=0)]       # a parcel without signal is all zeros
@@ -663,8 +637,7 @@ def check_recordings(dataset, window=1, num_parcels=None):
                 unusual.append(f"row {row}, where parcels vary by {std:.4g} around {offset:.4g}")
     if unusual:
         print(f"note: {dataset.path}: {len(unusual)} recordings have unusual units, for example "
-              f"{unusual[0]}: scale each parcel to median 0 and interquartile range 1 "
-              "(robust_scale in sample_data.py)")
+              f"{unusual[0]}: apply robust_scale of sample_data.py")
 
 def read_target(dataset, column, min_values):
     """A column of numbers, or of text that holds numbers, as float64 [rows], NaN where missing.
@@ -688,16 +661,14 @@ def read_target(dataset, column, min_values):
     for value, count in zip(values, counts):
         far = max(low - value, value - high) > 10 * (high - low) > 0
         if far and (count > 1 or abs(value) in (888, 999, 9999)):
-            print(f"note: {where} is {value:g} in {count} rows, far from all others: if that means "
-                  "missing, write None")
+            print(f"note: {where} is {value:g} in {count} rows, far from others: None if missing")
     return target
 
 # 11. Checkpoints: folders that survive a kill and are Hugging Face Hub repositories ---------------
 
 def write_atomically(path, content):
-    """Write text, or what torch.save takes, beside path and rename it into place: at any instant
-    path is the old file or the new one."""
-    temporary = Path(path).with_name(f".{Path(path).name}.part")
+    """Write text, or what torch.save takes: at any instant path is the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.part")
     with input_errors(f"Cannot write {path}; what was saved before is intact"):
         with open(temporary, "wb") as file:
             if isinstance(content, str):
@@ -741,8 +712,7 @@ def model_folder(name):
 def load_model(name_or_path, **changes):
     """The BrainLM or BrainLMRegressor of a run folder or, "user/name", of the Hub, in evaluation
     mode. changes: fields of its config to replace, such as mask_ratio."""
-    folder = model_folder(name_or_path)
-    file = folder / "config.json"
+    file = model_folder(name_or_path) / "config.json"
     with input_errors(f"Cannot read {file}: expected the config of a BrainLM"):
         saved = json.loads(file.read_text(encoding="utf-8"))
         if "model_class" not in saved:
@@ -750,11 +720,10 @@ def load_model(name_or_path, **changes):
                              "cannot be loaded")
         settings = {option.name: saved[option.name] for option in fields(BrainLMConfig)}
         model = MODELS[saved["model_class"]](BrainLMConfig(**settings | changes))
-    heads = model.config.num_attention_heads
-    if heads != settings["num_attention_heads"]:        # no weight's shape depends on it
-        raise InputError(f"{folder} was trained with {settings['num_attention_heads']} "
-                         f"num_attention_heads and cannot have {heads}")
-    weights = {}
+    heads = settings["num_attention_heads"]
+    if model.config.num_attention_heads != heads:       # no weight's shape depends on it
+        raise InputError(f"{file}: the {heads} num_attention_heads cannot be changed")
+    weights, folder = {}, file.parent
     for file in sorted(folder.glob("model*.safetensors")) or [folder / "pytorch_model.bin"]:
         with input_errors(f"{file} is missing, truncated, a Git LFS pointer or holds no weights"):
             if file.suffix == ".bin":           # of both formats, the one that transformers loads
@@ -771,8 +740,7 @@ def from_pretrained(model_class, name_or_path, **changes):
     if model_class is BrainLM:
         return getattr(model, "backbone", model)
     if not isinstance(model, BrainLMRegressor):
-        raise InputError(f"{name_or_path} holds no BrainLMRegressor (python brainlm.py finetune "
-                         "makes one)")
+        raise InputError(f"{name_or_path} holds no BrainLMRegressor: python brainlm.py finetune")
     return model
 
 MODELS = {"BrainLM": BrainLM, "BrainLMRegressor": BrainLMRegressor}
@@ -786,6 +754,7 @@ def forecast(model, signal, xyz, num_timepoints):
     """Continue a recording: signal [B, >= P, V] -> [B, num_timepoints, V]. Patch by patch: append a
     masked one, predict it, append the prediction; no window is longer than in training."""
     P, T = model.config.timepoint_patching_size, model.config.num_timepoints_per_voxel
+    model.tokens(signal[:, :0], xyz)            # InputError if the shapes do not fit
     if signal.shape[1] < P:
         raise InputError(f"A forecast needs at least {P} timepoints (got {signal.shape[1]})")
     known = signal
@@ -808,9 +777,8 @@ def embed(model, signal, xyz):
 @torch.no_grad()
 def attention(model, signal, xyz, layer, mask=None):
     """Attention weights of a layer (0: the first), [B, heads, S, S]; rows sum to one. Row 0 is CLS:
-    its columns 1.., unflattened to (N, V), say how much it attends to each token. For inspection:
-    it builds the S x S matrix that training avoids."""
-    V = signal.shape[2]
+    its columns 1.., unflattened to (N, V), say how much it attends to each token."""
+    V = len(xyz)
     x, position = model.tokens(signal, xyz, mask)
     for earlier in model.layers[:layer]:
         x = earlier(x, position, V)
@@ -862,10 +830,6 @@ def fixed_windows(dataset, rows, T):
         windows += [(row, start) for start in [*range(0, last, T), last]]
     return windows
 
-def some_windows(dataset, T, most):
-    """At most so many fixed windows of a dataset, float32 [B, T, V]."""
-    return dataset.batch(evenly(fixed_windows(dataset, range(len(dataset)), T), most), T)
-
 def scores(prediction, target):
     """R2 = 1 - SSE / SST (never clipped), MSE and MAE of arrays of one shape."""
     error, variance = np.float64(prediction) - target, target.var(dtype=np.float64)
@@ -882,27 +846,24 @@ def in_batches(data, function, *tensors):
             outputs.append(function(*batch).float().cpu())
     return torch.cat(outputs)
 
-# A reconstruction method is anything that fills in what is masked: a function of signal [B, T, V],
-# xyz [V, 3] and mask, bool [B, N, V], that returns a reconstruction [B, T, V]. A BrainLM is one. So
-# are these baselines, each the conditional mean of a normal distribution that is fitted to data.
+# A reconstruction method is a function of signal [B, T, V], xyz [V, 3] and mask, bool [B, N, V],
+# that returns a reconstruction [B, T, V]. A BrainLM is one. So are these baselines, each the
+# conditional mean of a normal distribution that is fitted to data.
 
-def moments(dataset, sums_of):
-    """Mean [a] and covariance [a, a] of samples [n, a] from recordings: sums_of(recording [T, V])
-    -> the number of samples, their sum [a] and their products, samples.T @ samples [a, a]."""
+def moments(dataset, blocks_of):
+    """Mean [a] and covariance [a, a] of samples: blocks_of(recording [T, V]) -> arrays [n, a]."""
     count, total, products = 0, 0.0, 0.0
     for row in evenly(range(len(dataset)), MAX_BASELINE_ROWS):
-        more = sums_of(dataset.window(row).astype(np.float64))
-        count, total, products = count + more[0], total + more[1], products + more[2]
+        for samples in blocks_of(dataset.window(row).astype(np.float64)):
+            count += len(samples)
+            total = total + samples.sum(axis=0)
+            products = products + samples.T @ samples
     mean = total / count
     return mean, products / count - np.outer(mean, mean)
 
-def sums(samples):
-    return len(samples), samples.sum(axis=0), samples.T @ samples
-
 def conditional_mean(mean, covariance, observed, target, alpha):
-    """Expected target entries of a normally distributed vector, given the observed entries:
-    mean_t + C_to (C_oo + alpha)^-1 (x_o - mean_o). observed, target: indices. Returns it as weights
-    [observed, target] and intercept [target]."""
+    """Expected target entries of a normally distributed vector given the observed ones, mean_t +
+    C_to (C_oo + alpha)^-1 (x_o - mean_o), as weights [observed, target] and intercept [target]."""
     variance = max(covariance.diagonal().mean(), 1e-12)     # 0 where all is constant
     regularised = covariance[np.ix_(observed, observed)] + alpha * variance * np.eye(len(observed))
     weights = np.linalg.solve(regularised, covariance[np.ix_(observed, target)])
@@ -913,7 +874,7 @@ class GaussianConditionalMean:
     name = "Gaussian conditional mean"
 
     def fit(self, dataset):
-        self.moments = moments(dataset, sums)                                # [V], [V, V]
+        self.moments = moments(dataset, lambda signal: [signal])             # [V], [V, V]
 
     def __call__(self, signal, xyz, mask):
         patches = patchify(signal.to(torch.float64, copy=True), signal.shape[1] // mask.shape[1])
@@ -943,13 +904,9 @@ class RidgeAutoregression:
         self.P = P
 
     def fit(self, dataset):
-        def sums_of_stretches(signal):          # a sample is any 2 * P timepoints of a parcel
-            products = signal @ signal.T                                     # [T, T]
-            stretches = [slice(t, t + 2 * self.P) for t in range(len(signal) - 2 * self.P + 1)]
-            return (len(stretches) * signal.shape[1],
-                    sum(signal[stretch].sum(axis=1) for stretch in stretches),
-                    sum(products[stretch, stretch] for stretch in stretches))
-        self.moments = moments(dataset, sums_of_stretches)                   # [2P], [2P, 2P]
+        def stretches(signal):                  # any 2 * P timepoints, of all parcels [V, 2 * P]
+            return (signal[t:t + 2 * self.P].T for t in range(len(signal) - 2 * self.P + 1))
+        self.moments = moments(dataset, stretches)                           # [2P], [2P, 2P]
 
     def __call__(self, signal, xyz, mask):
         P = self.P
@@ -965,7 +922,7 @@ class VectorAutoregression:
 
     def fit(self, dataset):
         self.moments = moments(
-            dataset, lambda signal: sums(np.hstack([signal[:-2], signal[1:-1], signal[2:]])))
+            dataset, lambda signal: [np.hstack([signal[:-2], signal[1:-1], signal[2:]])])
 
     def __call__(self, signal, xyz, mask):
         (B, T, V), P = signal.shape, signal.shape[1] // mask.shape[1]
@@ -979,11 +936,12 @@ class VectorAutoregression:
 def reconstruction_tasks(dataset, config, max_windows):
     """Fixed windows, float32 [B, T, V], and {task: mask, bool [B, N, V]}; always the same."""
     T, P = config.num_timepoints_per_voxel, config.timepoint_patching_size
-    signal = some_windows(dataset, T, max_windows)
+    windows = evenly(fixed_windows(dataset, range(len(dataset)), T), max_windows)
+    signal = dataset.batch(windows, T)
     B, N, V = len(signal), T // P, signal.shape[2]
-    generators = [torch.Generator().manual_seed(i) for i in range(B)]
-    masks = {"masked": torch.cat([random_mask(1, N, V, config.mask_ratio, generator)
-                                  for generator in generators])}
+    masks = {"masked": torch.cat([
+        random_mask(1, N, V, config.mask_ratio, torch.Generator().manual_seed(i))
+        for i in range(B)])}
     if T - P >= max(P, 2):                      # else there is too little to forecast from
         masks["forecast"] = forward_mask(B, N, V)
     return signal, masks
@@ -1017,6 +975,8 @@ def evaluate_reconstruction(model, data):
             title = f"forecasting {P} timepoints from {T - P} ({B} windows)"
             baselines = [Persistence(), RidgeAutoregression(P), VectorAutoregression()]
             horizons = [h for h in HORIZONS if h <= P]
+        method = reconstruction_of(model, data)
+        table = {"BrainLM": reconstruction_scores(method, signal, data.xyz, mask, horizons)}
         rows = {}
         for baseline in baselines if data.train else []:
             baseline.fit(data.train)
@@ -1025,10 +985,8 @@ def evaluate_reconstruction(model, data):
                 baseline.alpha = alpha
                 by_alpha.append(reconstruction_scores(baseline, signal, data.xyz, mask, horizons))
             rows[baseline.name] = max(by_alpha, key=lambda row: row["R2"])
-        ours = reconstruction_scores(
-            reconstruction_of(model, data), signal, data.xyz, mask, horizons)
         best_first = sorted(rows, key=lambda name: -rows[name]["R2"])
-        tables[title] = {"BrainLM": ours} | {name: rows[name] for name in best_first}
+        tables[title] = table | {name: rows[name] for name in best_first}
     return tables
 
 def correlation(signal):
@@ -1046,8 +1004,8 @@ def knn_accuracy(distance, labels, k=5):
     return correct / len(labels)
 
 def parcel_distances(model, data):
-    """Distances of parcels, {method: [V, V]}, averaged over recordings: by similarity of hidden
-    states, by functional connectivity, by rows of either (profiles), and by coordinates."""
+    """Distances of parcels, {method: [V, V]}, averaged over recordings; a profile is a row of the
+    similarity of hidden states or of the functional connectivity."""
     windows = [(row, 0) for row in evenly(range(len(data.val)), MAX_WINDOWS)]
     signal = data.val.batch(windows, model.config.num_timepoints_per_voxel)  # [windows, T, V]
     similarity, connectivity = np.zeros((2, len(data.xyz), len(data.xyz)))
@@ -1062,8 +1020,8 @@ def parcel_distances(model, data):
             "coordinates": torch.cdist(data.xyz, data.xyz).cpu().numpy()}
 
 def evaluate_networks(model, data):
-    """Functional networks without training, {title: {method: {score: value}}}: the fraction of
-    parcels that get their label from their nearest neighbours. Parcels without one are left out."""
+    """Functional networks without training, {title: {method: {score: value}}}: the fraction of the
+    labelled parcels that get their label from their nearest neighbours."""
     labelled = [v for v, name in enumerate(data.networks) if name is not None]
     labels = [data.networks[v] for v in labelled]
     if not 1 < len(set(labels)) < len(labels):          # nothing to find
@@ -1071,10 +1029,6 @@ def evaluate_networks(model, data):
     return {f"functional networks of {len(labels)} parcels (5 nearest neighbours)": {
         method: {"accuracy": knn_accuracy(distance[np.ix_(labelled, labelled)], labels)}
         for method, distance in parcel_distances(model, data).items()}}
-
-def evaluate_backbone(model, data):
-    """All tables of a BrainLM, {title: {method: {score: value}}}."""
-    return evaluate_reconstruction(model, data) | evaluate_networks(model, data)
 
 def recording_features(model, data, dataset, row):
     """What the head of a BrainLMRegressor gets of a recording: [fixed windows, 3H], float32."""
@@ -1090,8 +1044,7 @@ def predict_recordings(model, features):
                      for windows in features])
 
 def regression_scores(prediction, target):
-    """Scores of predictions [n], also Pearson r; for a target of two values also the accuracy and
-    the AUC of the larger value."""
+    """Scores of predictions [n] and Pearson r; for a target of two values also accuracy and AUC."""
     covariance = np.mean((prediction - prediction.mean()) * (target - target.mean()))
     with np.errstate(divide="ignore", invalid="ignore"):
         r = covariance / (prediction.std() * target.std())
@@ -1128,24 +1081,26 @@ def connectivity_ridge(train_set, target, val_set, val_rows):
                      for row in val_rows])
 
 def evaluate_regression(model, data, features_of, column, target, val_target):
-    """{title: {method: {score: value}}} of a BrainLMRegressor and of baselines, over validation
-    recordings with a target; {} if there is none. features_of(dataset, row): recording_features."""
+    """Predictions of a BrainLMRegressor for the validation recordings, and the table of its scores
+    and of baselines, {title: {method: {score: value}}}, over those with a target; {} if there is
+    none. target, val_target: NaN where missing. features_of(dataset, row): recording_features."""
+    features = [features_of(data.val, row) for row in range(len(data.val))]
+    prediction = predict_recordings(model, features)                         # [recordings]
     known = np.flatnonzero(~np.isnan(val_target))
     if len(known) == 0:
-        return {}
-    methods = {"BrainLM": predict_recordings(model, [features_of(data.val, row) for row in known])}
+        return prediction, {}
+    methods = {"BrainLM": prediction[known]}
     if data.train:
         rows = evenly(np.flatnonzero(~np.isnan(target)), MAX_BASELINE_ROWS)
-        train, val = (np.stack([features_of(dataset, row).double().mean(dim=0) for row in some])
-                      for dataset, some in ((data.train, rows), (data.val, known)))  # [rows, 3H]
+        train = np.stack([features_of(data.train, row).double().mean(dim=0) for row in rows])
+        val = np.stack([features[row].double().mean(dim=0) for row in known])        # [known, 3H]
         std = np.maximum(train.std(axis=0), 1e-6)
         coefficients, intercept = fit_ridge(train / std, target[rows])
-        methods |= {
-            "ridge on BrainLM's features": val / std @ coefficients + intercept,
-            "ridge on functional connectivity":
-                connectivity_ridge(data.train, target, data.val, known),
-            "training mean": np.full(len(known), np.nanmean(target))}
-    return {f"{column}, {len(known)} validation recordings": {
+        methods["ridge on BrainLM's features"] = val / std @ coefficients + intercept
+        methods["ridge on functional connectivity"] = connectivity_ridge(
+            data.train, target, data.val, known)
+        methods["training mean"] = np.full(len(known), np.nanmean(target))
+    return prediction, {f"{column}, {len(known)} validation recordings": {
         method: regression_scores(values, val_target[known]) for method, values in methods.items()}}
 
 def markdown(tables):
@@ -1167,11 +1122,6 @@ def torchrun_numbers():
     """(rank, local rank, number of processes) given by torchrun; (0, 0, 1) without it."""
     if dist.is_available() and dist.is_torchelastic_launched():
         return tuple(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    for name in "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE":
-        if int(os.environ.get(name, 1)) > 1:
-            raise InputError(f"{name} is {os.environ[name]}, but every process would train alike: "
-                             "start one task per machine, with torchrun --nproc_per_node=PROCESSES "
-                             "brainlm.py ...")
     return 0, 0, 1
 
 def on_rank_0(function, *arguments):
@@ -1191,28 +1141,10 @@ def on_rank_0(function, *arguments):
 
 def leave_to_rank_0():
     """End the process group and all processes but rank 0."""
-    rank, _, num_processes = torchrun_numbers()
-    if num_processes > 1:
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-    if rank > 0:
+    if torchrun_numbers()[0] > 0:
         sys.exit()
-
-def start_device(args):
-    """The device and a function that makes the autocast context of a batch. Under torchrun it
-    starts the process group."""
-    _, local_rank, num_processes = torchrun_numbers()
-    name = args.device
-    if name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
-    with input_errors(f"--device {name} is not available on this machine or in this torch"):
-        torch.zeros(1, device=name)
-    if name == "cuda":
-        torch.cuda.set_device(local_rank)               # which "cuda" means from here on
-    if num_processes > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
-    mixed = args.dtype == "bfloat16" or args.dtype == "auto" and name == "cuda"
-    return torch.device(name), partial(torch.autocast, name, torch.bfloat16, enabled=mixed)
 
 def make_missing_sample_data():
     if not Path("sample_data/train/state.json").exists():              # written last
@@ -1221,8 +1153,7 @@ def make_missing_sample_data():
             importlib.import_module("sample_data").make_sample_data("./sample_data")
 
 def participants_of(dataset):
-    """The participants in a RecordingDataset, by the first column that names them; without one, its
-    folder stands for all."""
+    """Names of the participants in a RecordingDataset; where no column has them, its folder's."""
     for name in dataset.table.column_names:
         if name.lower() in ("subject", "participant_id", "sub", "subject_id"):
             return {*map(str, dataset.table[name].to_pylist())} - {"None"}
@@ -1240,20 +1171,33 @@ def check_data(data, coords_path, T):
                   "validation data: scores say nothing about new participants")
 
 def open_data(args, T):
-    """The Data of a command, with windows of T timepoints."""
-    device, autocast = start_device(args)
+    """Start the device and, under torchrun, the process group. Returns the Data of a command, with
+    windows of T timepoints."""
+    _, local_rank, num_processes = torchrun_numbers()
+    device = args.device
+    if device == "auto":
+        device = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else device
+    with input_errors(f"--device {device} is not available on this machine or in this torch"):
+        torch.zeros(1, device=device)
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)               # which "cuda" means from here on
+    if num_processes > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    mixed = args.dtype == "bfloat16" or args.dtype == "auto" and device == "cuda"
+    autocast = partial(torch.autocast, device, torch.bfloat16, enabled=mixed)
+
     if args.train_dataset_path == SAMPLE_DATA["train_dataset_path"]:
         on_rank_0(make_missing_sample_data)
     column, train = args.recording_col_name, None
     if args.train_dataset_path:
         train = RecordingDataset(args.train_dataset_path, column, args.max_train_samples)
     val = RecordingDataset(args.val_dataset_path, column, args.max_eval_samples)
-    data = Data(*read_coordinates(args.coords_dataset_path), train, val,
-                args.per_device_eval_batch_size, autocast)
+    xyz, networks = read_coordinates(args.coords_dataset_path)
+    data = Data(xyz.to(device), networks, train, val, args.per_device_eval_batch_size, autocast)
     on_rank_0(check_data, data, args.coords_dataset_path, T)
     print(f"data: {len(train) if train else 'no'} training and {len(val)} validation recordings, "
-          f"{len(data.xyz)} parcels, windows of {T}")
-    data.xyz = data.xyz.to(device)
+          f"{len(xyz)} parcels, windows of {T}")
     return data
 
 # 15. A run: training that can be stopped and resumed ----------------------------------------------
@@ -1263,12 +1207,11 @@ RESULTS = ("README.md", "evaluation.json", "predictions.csv",       # they descr
 FROM_SCRATCH = "start from scratch with --overwrite_output_dir, or choose another --output_dir"
 
 def prepare_folder(args):
-    """Make args.output_dir. Returns the state of the run to be resumed there, None if there is
-    none. InputError if other files or the model to start from would be lost."""
+    """Make args.output_dir. Returns the state of the run to be resumed there or None. InputError if
+    other files or the model to start from would be lost."""
     folder = Path(args.output_dir)
     if args.model_name_or_path and Path(args.model_name_or_path).resolve() == folder.resolve():
-        raise InputError(f"--output_dir {folder} is the same as --model_name_or_path and would "
-                         "overwrite it: choose another")
+        raise InputError(f"--output_dir {folder} is the --model_name_or_path: choose another")
     folder.mkdir(parents=True, exist_ok=True)
     present = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
     file = folder / "training_state.pt"
@@ -1290,22 +1233,18 @@ def fingerprint(*contents):
     return digest.hexdigest()[:16]
 
 def identity_of(args, model, data):
-    """What must be the same for a run to be resumed, {name: value}. It does not matter in which
-    folders data and initial weights are, nor how many processes share a step."""
+    """What must be the same for a run to be resumed, {name: value}: neither paths nor processes."""
     folder = Path(args.train_dataset_path)
     state = (folder / "state.json").read_text(encoding="utf-8")
     sizes = [(folder / entry["filename"]).stat().st_size
              for entry in json.loads(state)["_data_files"]]
-    weights = getattr(model, "backbone", model).state_dict().values()
-    return asdict(model.config) | {
-        "command": args.command, "seed": args.seed,
+    weights = getattr(model, "backbone", model).state_dict() if args.model_name_or_path else {}
+    flags = ("command", "seed", "variable_of_interest_col_name", "freeze_backbone",
+             "recording_col_name")
+    return asdict(model.config) | {name: getattr(args, name, None) for name in flags} | {
         "windows per step": args.per_device_train_batch_size * args.gradient_accumulation_steps
         * torchrun_numbers()[2],
-        "variable_of_interest_col_name": getattr(args, "variable_of_interest_col_name", None),
-        "freeze_backbone": getattr(args, "freeze_backbone", None),
-        "recording_col_name": args.recording_col_name,
-        "fingerprint of model_name_or_path":
-            fingerprint(*weights) if args.model_name_or_path else None,
+        "fingerprint of model_name_or_path": fingerprint(*weights.values()),
         "fingerprint of train_dataset_path": fingerprint(state, f"{sizes} {len(data.train)}"),
         "fingerprint of coords_dataset_path": fingerprint(f"{data.xyz.tolist()}")}
 
@@ -1325,9 +1264,9 @@ def run_training(args, model, trained, data, num_recordings, batch_loss, validat
     if state:
         with input_errors(f"{folder / 'training_state.pt'} cannot be resumed: {FROM_SCRATCH}"):
             for name, value in identity.items():
-                if state["identity"][name] != value:
-                    raise InputError(f"{folder}: {name} was {state['identity'][name]} and is now "
-                                     f"{value}: {FROM_SCRATCH}")
+                was = state["identity"][name]
+                if was != value:
+                    raise InputError(f"{folder}: {name} was {was}, is now {value}: {FROM_SCRATCH}")
             model.load_state_dict(state["model"])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
@@ -1338,7 +1277,7 @@ def run_training(args, model, trained, data, num_recordings, batch_loss, validat
         if num_steps != state["num_steps"]:
             print(f"note: the learning rate now decays over {num_steps} steps instead of "
                   f"{state['num_steps']}")
-    elif num_steps * windows_per_step < 100:    # 60 parcels: masked R2 .01, as without training
+    elif num_steps * windows_per_step < 100:
         print(f"note: {num_steps} steps are too few to learn much: raise --max_steps")
 
     def loss_in_context(trained, samples, step):
@@ -1346,9 +1285,7 @@ def run_training(args, model, trained, data, num_recordings, batch_loss, validat
             return batch_loss(trained, samples, step)
 
     def save(step):
-        """First the complete training_state.pt, so that a run resumes from one step; then the
-        rest."""
-        if rank == 0:
+        if rank == 0:                           # first the one file that a run resumes from
             write_atomically(folder / "training_state.pt", {
                 "identity": identity, "step": step, "num_steps": num_steps, "metrics": metrics,
                 "losses": losses, "model": model.state_dict(),
@@ -1412,6 +1349,7 @@ Trained on {len(dataset)} recordings of {dataset.num_parcels} parcels (`{dataset
 `brainlm.{name}.from_pretrained` loads this folder; coordinates.json holds its parcels.
 The method: https://openreview.net/forum?id=RwI7ZEfR27
 """)
+    print(f"\nthe model is in {folder}")
 
 def write_predictions(folder, dataset, prediction):
     """predictions.csv: for each recording its row, the other columns of the dataset, the
@@ -1454,16 +1392,15 @@ def pretrain(args):
                 for task in masks}
 
     run_training(args, model, model, data, len(data.train), batch_loss, validate)
-    folder, tables = Path(args.output_dir), evaluate_backbone(model, data)
+    folder = Path(args.output_dir)
+    tables = evaluate_reconstruction(model, data) | evaluate_networks(model, data)
     report(args, folder, tables)
     write_model_card(folder, model, data.train, tables)
-    print(f"\nthe model is in {folder}")
 
 def finetune(args):
     """Learn to predict a number, such as age, from each recording."""
     column = args.variable_of_interest_col_name
-    settings = settings_of(BrainLMConfig, args)
-    backbone = BrainLM.from_pretrained(args.model_name_or_path, **settings)
+    backbone = BrainLM.from_pretrained(args.model_name_or_path, **settings_of(BrainLMConfig, args))
     T = backbone.config.num_timepoints_per_voxel
     data = open_data(args, T)
     val_target = read_target(data.val, column, min_values=1)
@@ -1472,11 +1409,11 @@ def finetune(args):
     mean, std = target[rows].mean(), target[rows].std()
 
     torch.manual_seed(args.seed)
-    model = BrainLMRegressor(backbone.config, mean, std).to(data.xyz.device)
-    model.backbone.load_state_dict(backbone.state_dict())
-    model.backbone.requires_grad_(not args.freeze_backbone)
-    for unused in model.backbone.head.weight, model.backbone.head.bias, model.backbone.mask_token:
-        unused.requires_grad_(False)
+    model = BrainLMRegressor(backbone.config, mean, std)
+    model.backbone = backbone.requires_grad_(not args.freeze_backbone)
+    model.to(data.xyz.device)
+    backbone.head.requires_grad_(False)         # it is unused, as is the mask
+    backbone.mask_token.requires_grad_(False)
     features_of, chosen = partial(recording_features, model, data), evenly(rows, MAX_BASELINE_ROWS)
     if args.freeze_backbone:                    # features never change: compute them once
         features_of, chosen = cache(features_of), rows
@@ -1509,20 +1446,19 @@ def finetune(args):
     trained, batch_loss = (model.mlp, mlp_loss) if args.freeze_backbone else (model, loss)
     run_training(args, model, trained, data, len(rows), batch_loss, validate)
     folder = Path(args.output_dir)
-    tables = report_regression(args, folder, model, data, features_of, column, target, val_target)
+    prediction, tables = evaluate_regression(model, data, features_of, column, target, val_target)
+    report(args, folder, tables)
+    write_predictions(folder, data.val, prediction)
     write_model_card(folder, model, data.train, tables)
-    print(f"\nthe model is in {folder}")
 
 def evaluate(args):
     """Score a model on any dataset next to baselines, without training."""
-    source = model_folder(args.model_name_or_path)
-    at_home = source / "evaluate"               # but not in the cache of the Hub's downloads
-    if not Path(args.model_name_or_path).is_dir():
-        at_home = Path("runs", args.model_name_or_path, "evaluate")
-    folder = Path(args.output_dir or at_home)
+    name = args.model_name_or_path
+    source = model_folder(name)                 # or, of a model on the Hub, the cache of downloads
+    run = source if Path(name).is_dir() else Path("runs", name)
+    folder = Path(args.output_dir or run / "evaluate")
     if (folder / "training_state.pt").exists() or folder.resolve() == source.resolve():
-        raise InputError(f"--output_dir {folder} holds a run, which would be overwritten: choose "
-                         "another")
+        raise InputError(f"--output_dir {folder} would be overwritten: choose another")
     model = load_model(source, **settings_of(BrainLMConfig, args))
     data = open_data(args, model.config.num_timepoints_per_voxel)
     leave_to_rank_0()
@@ -1530,14 +1466,13 @@ def evaluate(args):
     if not data.train:
         print("note: without --train_dataset_path there are no baselines")
     if isinstance(model, BrainLM):
-        report(args, folder, evaluate_backbone(model, data))
+        report(args, folder, evaluate_reconstruction(model, data) | evaluate_networks(model, data))
     else:
         column = args.variable_of_interest_col_name
         if column is None:
-            file = source / "args.json"
-            with input_errors(f"{file} names no target: pass --variable_of_interest_col_name"):
-                trained = json.loads(file.read_text(encoding="utf-8"))
-                column = trained["variable_of_interest_col_name"]
+            file, flag = source / "args.json", "variable_of_interest_col_name"
+            with input_errors(f"{file} names no target: pass --{flag}"):
+                column = json.loads(file.read_text(encoding="utf-8"))[flag]
         target = val_target = np.full(len(data.val), np.nan)
         if column in data.val.table.column_names:
             val_target = read_target(data.val, column, min_values=0)
@@ -1546,17 +1481,11 @@ def evaluate(args):
         if data.train and not np.isnan(val_target).all():
             target = read_target(data.train, column, min_values=2)
         features_of = partial(recording_features, model, data)
-        report_regression(args, folder, model, data, features_of, column, target, val_target)
+        prediction, tables = evaluate_regression(
+            model, data, features_of, column, target, val_target)
+        report(args, folder, tables)
+        write_predictions(folder, data.val, prediction)
     print(f"\nresults in {folder}; pictures of them: python benchmarks/pictures.py {folder}")
-
-def report_regression(args, folder, model, data, features_of, column, target, val_target):
-    """Tables and predictions.csv of a BrainLMRegressor. Returns the tables."""
-    features_of = cache(features_of)
-    tables = evaluate_regression(model, data, features_of, column, target, val_target)
-    report(args, folder, tables)
-    features = [features_of(data.val, row) for row in range(len(data.val))]
-    write_predictions(folder, data.val, predict_recordings(model, features))
-    return tables
 
 def settings_of(config_class, args):
     """The flags that are fields of a config class, {name: value}."""
@@ -1571,6 +1500,10 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message} ({self.prog} --help lists the flags)")
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):                 # a default of None would say nothing
+        return action.help if action.default is None else super()._get_help_string(action)
+
 def number(kind, lowest, highest=10 ** 18):
     """An argparse type: an int or a float from lowest to highest."""
     def convert(text):
@@ -1580,16 +1513,17 @@ def number(kind, lowest, highest=10 ** 18):
     convert.__name__ = kind.__name__                    # argparse: invalid int value
     return convert
 
-def add_fields(group, config_class, **default):
+def add_fields(group, config_class):
     """A flag for each field of a config class; the comment behind the field is the help."""
     source = Path(__file__).read_text(encoding="utf-8") if "__file__" in globals() else ""
-    own = source.partition(f"\nclass {config_class.__name__}:")[2].partition("\n\n")[0]
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", own, re.M))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
     types = {int: number(int, 1), float: number(float, 0, 1), str: str}
     for option in fields(config_class):
         kind = number(int, 0) if option.name == "seed" else types[option.type]
-        group.add_argument(f"--{option.name}", type=kind, **{"default": option.default} | default,
-                           help=f"{comments.get(option.name)} (default: {option.default})")
+        default, text = option.default, comments.get(option.name, "")
+        if config_class is BrainLMConfig:       # without the flag: as in model_name_or_path
+            default, text = argparse.SUPPRESS, f"{text} (default: {default})"
+        group.add_argument(f"--{option.name}", type=kind, default=default, help=text)
 
 def command_line():
     parser = OneLineParser(
@@ -1600,62 +1534,58 @@ def command_line():
             "  python brainlm.py evaluate      scores of the pretrained model and of baselines\n"
             "Flags, for your own data: python brainlm.py COMMAND --help"))
     commands = parser.add_subparsers(dest="command")
+    count = number(int, 1)
     for function in pretrain, finetune, evaluate:
         name = function.__name__
-        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        flag = command.add_argument_group("data and results").add_argument
-        flag("--train_dataset_path", help="training recordings (default: ./sample_data/train)")
-        flag("--val_dataset_path", help="validation recordings (default: ./sample_data/val)")
-        flag("--coords_dataset_path",
-             help="parcels' X, Y, Z in MNI mm (default: ./sample_data/coords)")
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__,
+                                      formatter_class=HelpFormatter)
+        group = command.add_argument_group(
+            "paths", "pass all of them, or none to use ./sample_data and ./runs/pretrain")
+        flag = group.add_argument
+        flag("--train_dataset_path", help="training recordings")
+        flag("--val_dataset_path", help="validation recordings")
+        flag("--coords_dataset_path", help="the parcels' X, Y, Z in MNI mm")
+        flag("--model_name_or_path", help="run folder, or user/name on the Hub, to start from")
+        flag = command.add_argument_group("data, results and device").add_argument
         flag("--recording_col_name", default="Voxelwise_RobustScaler_Normalized_Recording",
-             help="column of recordings (timepoints, parcels) (default: %(default)s)")
-        flag("--max_train_samples", type=number(int, 1), help="use only the first recordings")
-        flag("--max_eval_samples", type=number(int, 1), help="use only the first recordings")
-        flag("--model_name_or_path", help="run folder, or user/name on the Hub, to start from"
-             + ("" if name == "pretrain" else " (default: ./runs/pretrain)"))
+             help="column of recordings (timepoints, parcels)")
+        flag("--max_train_samples", type=count, help="use only this many training recordings")
+        flag("--max_eval_samples", type=count, help="use only this many validation recordings")
         flag("--output_dir", default=None if name == "evaluate" else f"./runs/{name}",
-             help="folder for the results (default: "
-                  + ("evaluate in the run folder)" if name == "evaluate" else "%(default)s)"))
-        flag = command.add_argument_group("device").add_argument
+             help="folder for the results; evaluate: by default a folder in the run's")
         flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
-             help="auto: the fastest available (default: %(default)s)")
+             help="auto: the fastest available")
         flag("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-             help="auto: bfloat16 on CUDA, float32 elsewhere (default: %(default)s)")
-        flag("--per_device_eval_batch_size", type=number(int, 1), default=8,
-             help="windows evaluated at once (default: %(default)s)")
-
+             help="auto: bfloat16 on CUDA, float32 elsewhere")
+        flag("--per_device_eval_batch_size", type=count, default=8,
+             help="windows evaluated at once")
         group = command.add_argument_group("model")
-        if name == "pretrain":                  # what is not given comes from model_name_or_path
-            add_fields(group, BrainLMConfig, default=argparse.SUPPRESS)
+        flag = group.add_argument
+        if name == "pretrain":
+            add_fields(group, BrainLMConfig)
         else:
-            group.add_argument("--variable_of_interest_col_name", help="column to predict (default:"
-                               + (" Age.At.MHQ)" if name == "finetune" else " as finetuned)"))
-            group.add_argument("--num_timepoints_per_voxel", type=number(int, 1),
-                               help="timepoints in a window (default: as in pretraining)")
+            flag("--variable_of_interest_col_name", help="column of numbers to predict")
+            flag("--num_timepoints_per_voxel", type=count,
+                 help="timepoints in a window; by default as in pretraining")
         if name == "evaluate":
             continue
-
         group = command.add_argument_group("training")
         add_fields(group, TrainingConfig)
         flag = group.add_argument
-        flag("--num_train_epochs", type=number(float, 0), default=32 if name == "finetune" else 16,
-             help="epochs, each of one window per recording (default: %(default)s)")
-        flag("--max_steps", type=number(int, 1), help="training steps, instead of epochs")
-        flag("--logging_steps", type=number(int, 1), default=10,
-             help="steps between lines of progress (default: %(default)s)")
-        flag("--eval_steps", type=number(int, 0), default=100 if name == "finetune" else 200,
-             help="steps between validations; 0: only at the end (default: %(default)s)")
-        flag("--save_steps", type=number(int, 1), default=50,
-             help="steps between checkpoints (default: %(default)s)")
+        flag("--num_train_epochs", type=number(float, 0), default=16,
+             help="epochs, each of one window per recording")
+        flag("--max_steps", type=count, help="training steps, instead of epochs")
+        flag("--logging_steps", type=count, default=10, help="steps between lines of progress")
+        flag("--eval_steps", type=number(int, 0), default=200,
+             help="steps between validations; 0: only at the end")
+        flag("--save_steps", type=count, default=50, help="steps between checkpoints")
         flag("--overwrite_output_dir", action="store_true", help="start from scratch")
-        flag("--gradient_checkpointing", action="store_true",
-             help="less memory, a third more time")
+        flag("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
         if name == "finetune":
             flag("--freeze_backbone", action=argparse.BooleanOptionalAction, default=True,
-                 help="train the MLP head alone (default: %(default)s)")
-            command.set_defaults(variable_of_interest_col_name="Age.At.MHQ",
-                                 per_device_train_batch_size=8)
+                 help="train the MLP head alone")
+            command.set_defaults(variable_of_interest_col_name="Age.At.MHQ", num_train_epochs=32,
+                                 per_device_train_batch_size=8, eval_steps=100)
     return parser
 
 def parse(arguments=None):
@@ -1666,6 +1596,10 @@ def parse(arguments=None):
     if args.command is None:
         parser.print_help()
         sys.exit(2)
+    for name in "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE":
+        if torchrun_numbers()[2] == 1 and int(os.environ.get(name, 1)) > 1:
+            raise InputError(f"{name} is {os.environ[name]}, but every process would train alike: "
+                             "start one torchrun --nproc_per_node=GPUS brainlm.py ... per machine")
     paths = dict(SAMPLE_DATA)
     if args.command != "pretrain":
         paths["model_name_or_path"] = "./runs/pretrain"
@@ -1673,21 +1607,21 @@ def parse(arguments=None):
     if len(missing) == len(paths):
         vars(args).update(paths)
     elif missing and (args.command, missing) != ("evaluate", ["train_dataset_path"]):
-        raise InputError(f"Also pass --{' and --'.join(missing)}: give all paths, or none to use "
-                         "the sample data")
+        raise InputError(f"Also pass --{' and --'.join(missing)}, or no path for the sample data")
     for name in *paths, "output_dir":
         if getattr(args, name):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
     return args
 
 def main(arguments=None):
-    rank, local_rank, _ = torchrun_numbers()
+    local_rank = 0
     for stream in sys.stdout, sys.stderr:
         if hasattr(stream, "reconfigure"):              # a console may lack letters of a column
             stream.reconfigure(errors="replace")
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")              # rank 0 prints for all
     try:
+        rank, local_rank, _ = torchrun_numbers()
+        if rank > 0:
+            sys.stdout = open(os.devnull, "w")          # rank 0 prints for all
         args = parse(arguments)
         {"pretrain": pretrain, "finetune": finetune, "evaluate": evaluate}[args.command](args)
     except (InputError, OSError) as error:              # OSError: a folder that cannot be written
@@ -1708,12 +1642,11 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
         model_type, keys_to_ignore_at_inference = "brainlm", ["hidden_states"]
 
         def __init__(self, model_class="BrainLM", **settings):
-            names = [option.name for option in fields(BrainLMConfig)]
-            ours = BrainLMConfig(**{name: settings.pop(name) for name in names if name in settings})
-            super().__init__(model_class=model_class, **asdict(ours), **settings)
+            ours = BrainLMConfig(**settings_of(BrainLMConfig, argparse.Namespace(**settings)))
+            super().__init__(model_class=model_class, **settings | asdict(ours))
 
     class BrainLMHubModel(PreTrainedModel):
-        """What AutoModel gives and Trainer trains. Its `model` is a BrainLM or BrainLMRegressor."""
+        """What AutoModel loads and Trainer trains; `model` is the BrainLM or BrainLMRegressor."""
         config_class, base_model_prefix, main_input_name = BrainLMHubConfig, "model", "signal"
         supports_gradient_checkpointing = _supports_sdpa = True
         accepts_loss_kwargs = False             # Trainer divides by the accumulation steps
@@ -1724,13 +1657,11 @@ if sys.modules.get("transformers"):             # as where the Hub loads this fi
             self.post_init()
 
         def new_model(self):
-            """A new BrainLM or BrainLMRegressor: parameters of the default dtype, buffers float32.
-            When a checkpoint is loaded, each tensor keeps the dtype that it has here."""
-            names = [option.name for option in fields(BrainLMConfig)]
+            """A new model; loading keeps these types: parameters the default, buffers float32."""
+            config = BrainLMConfig(**settings_of(BrainLMConfig, self.config))
             dtype = torch.get_default_dtype()
             torch.set_default_dtype(torch.float32)      # the initialisation needs an inverse
-            model = MODELS[self.config.model_class](
-                BrainLMConfig(**{name: getattr(self.config, name) for name in names}))
+            model = MODELS[self.config.model_class](config)
             torch.set_default_dtype(dtype)
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(dtype)

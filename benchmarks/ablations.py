@@ -2,18 +2,19 @@
 
     python benchmarks/ablations.py                                          # every row, seed 0
     python benchmarks/ablations.py --only "4 heads" --seeds 0 1 2        # and the recipe
-    python benchmarks/ablations.py --threads 1 --share 1/2                  # half of the runs, and
-    python benchmarks/ablations.py --threads 1 --share 2/2                  # the others beside it
+    python benchmarks/ablations.py --threads 1 --part 1/2                   # half of the runs, and
+    python benchmarks/ablations.py --threads 1 --part 2/2                   # the others beside it
     python benchmarks/ablations.py --table                                  # of what there is
 
-Scores are R2 on the sample data's validation recordings, and on HCP training subjects 0 and 3, each
-left out: there the model learns from surrogates of the other four. Results go to a file as they
-come, and what is in it is not run again: after a change of Part I name another one.
+Scores are R2 on the sample data's validation recordings, and on HCP training subjects 0 and 3: each
+of the two is left out in turn, and the model is trained on the other four. Results are appended to
+a file, and runs that are in it are not repeated: after a change of Part I pass another --results.
 """
 
 import argparse
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -24,8 +25,8 @@ from pathlib import Path
 from statistics import mean
 from unittest.mock import patch
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,11 +34,11 @@ import brainlm
 import hcp
 import sample_data
 
-SOURCES = {"sample": {"steps": 400, "subjects": [None]}, "hcp": {"steps": 500, "subjects": [0, 3]}}
+SOURCES = {"sample": {"steps": 800, "subjects": [None]}, "hcp": {"steps": 1000, "subjects": [0, 3]}}
 MEASURES = "masked", "forecast", "horizon 1"
 RECIPE = "the recipe"
 
-# What stands in the place of a name of Part I -----------------------------------------------------
+# What replaces a name of Part I -------------------------------------------------------------------
 
 class LinearOnXyz(nn.Module):
     def __init__(self, hidden_size):
@@ -45,11 +46,11 @@ class LinearOnXyz(nn.Module):
         self.linear = nn.Linear(3, hidden_size)
 
     def forward(self, xyz):
-        return self.linear(xyz / 50)            # mm; so it is about as large as the recipe's
+        return self.linear(xyz / 50)            # mm; now about as large as the recipe's
 
 def slower_sinusoid(N, hidden_size, device=None):
-    place = torch.arange(N, device=device)[:, None]
-    angles = place * 10000.0 ** (-torch.arange(0, hidden_size, 2, device=device) / hidden_size)
+    step = torch.arange(N, device=device)[:, None]
+    angles = step * 10000.0 ** (-torch.arange(0, hidden_size, 2, device=device) / hidden_size)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 class PositionsOnlyAdded(brainlm.Layer):
@@ -59,45 +60,70 @@ class PositionsOnlyAdded(brainlm.Layer):
 class PositionsOnlyInQueries(brainlm.BrainLM):
     def tokens(self, signal, xyz, mask=None):
         tokens, position = super().tokens(signal, xyz, mask)
-        where, when = position.chunk(2, dim=1)
-        return tokens - where - when, position
+        spatial, temporal = position.chunk(2, dim=1)
+        return tokens - spatial - temporal, position
 
-def random_start(model):                        # all else is PyTorch's own already
+class VisiblePast(brainlm.BrainLM):
+    """Of earlier time steps, a token attends to the visible tokens alone."""
+    may_attend = None                           # of the latest batch: bool [B, 1, S, S]
+
+    def forward(self, signal, xyz, mask=None):
+        (B, T, V), P = signal.shape, self.config.timepoint_patching_size
+        if mask is None:
+            mask = torch.zeros(B, T // P, V, dtype=torch.bool)
+        time_step = torch.arange(T // P).repeat_interleave(V)                    # [N * V]
+        same = time_step[:, None] == time_step                                   # [N * V, N * V]
+        allowed = brainlm.block_causal_mask(T // P, V).repeat(B, 1, 1, 1)        # [B, 1, S, S]
+        allowed[:, :, 1:, 1:] &= same | ~mask.flatten(1)[:, None, None]
+        VisiblePast.may_attend = allowed
+        return super().forward(signal, xyz, mask)
+
+def attention_with_mask(q, k, v, V):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=VisiblePast.may_attend)
+
+def one_kind_of_mask(dataset, xyz, config, seed, samples, step, batch=brainlm.pretraining_batch):
+    """A batch whose samples have all random masks, or all forecast masks."""
+    coin = torch.rand((), generator=brainlm.seeded_generator(seed, "kind of mask", step))
+    forward = float(coin < config.forward_mask_prob)
+    config = dataclasses.replace(config, forward_mask_prob=forward)
+    return batch(dataset, xyz, config, seed, samples, step)
+
+def random_initialisation(model):               # all else is PyTorch's own already
     for token in model.cls_token, model.mask_token:
         nn.init.normal_(token, std=0.02)
 
-def start_then(change, initial_weights=brainlm.initial_weights):
-    """The recipe's start, then change(model, own), where own has the random start."""
+def initialise_then(change, initialise=brainlm.initialise):
+    """The recipe's initialisation, then change(model, own), where own is initialised at random."""
     @torch.no_grad()
-    def start(model):
+    def initialise_and_change(model):
         own = copy.deepcopy(model)
-        initial_weights(model)
-        random_start(own)
+        initialise(model)
+        random_initialisation(own)
         change(model, own)
-    return {"initial_weights": start}
+    return {"initialise": initialise_and_change}
 
-def start_without(*names, part=lambda weight: weight):
-    """The start, but weights with one of the names in theirs, or a part of each, stay random."""
+def initialise_without(*names, part=lambda weight: weight):
+    """As the recipe, but weights with one of these names, or a part of each, stay random."""
     def put_back(model, own):
         for (name, weight), of_own in zip(model.named_parameters(), own.parameters()):
             if any(each in name for each in names):
                 part(weight).copy_(part(of_own))
-    return start_then(put_back)
+    return initialise_then(put_back)
 
-def same_patch(model, own):
-    """Keys of temporal heads tell their own patch, as those of spatial heads do."""
+def same_time_step(model, own):
+    """Keys of temporal heads carry their own time step, as those of spatial heads do."""
     for layer in model.layers:
         query, key = layer.position_qk.weight.chunk(2)                           # [H, 2 * H] each
         key.chunk(2, dim=1)[1].copy_(query.chunk(2, dim=1)[1])
 
-def where_and_mask(model, own):
-    """They keep their part in the directions of a patch."""
+def not_orthogonal(model, own):
+    """Spatial encoding and [MASK] keep their part in the directions of a patch."""
     model.spatial_encoding.linear.weight.copy_(own.spatial_encoding.linear.weight)
     nn.init.normal_(model.mask_token, std=0.3)
 
 def any_directions(model, own):
-    """A patch is written along random directions: ones and the sinusoid have a part in them too."""
-    where_and_mask(model, own)
+    """Patches are written along random directions, in which everything else has a part too."""
+    not_orthogonal(model, own)
     turn = nn.init.orthogonal_(torch.empty(2 * [model.config.hidden_size]))
     for matrix in [model.patch_projection.weight, *(layer.out.weight for layer in model.layers)]:
         matrix.copy_(turn @ matrix)
@@ -112,92 +138,84 @@ def simpler(model, own):
         if "qkv.weight" in name:
             weight.chunk(3)[1].copy_(of_own.chunk(3)[1])
 
+def repeat_last_value(P):
+    return torch.eye(P)[-1].expand(P, P)
+
 def setting(config, **changes):
     return {config.__name__: partial(config, **changes)}
 
-# A row: names of brainlm, and what they mean instead while it is trained and scored.
+# A row: names of brainlm, and what replaces them while a model is trained and scored.
 ROWS = {
     RECIPE: {},
-    "where: Linear on xyz": {"SpatialEncoding": LinearOnXyz},
-    "when: base 10,000": {"temporal_encoding": slower_sinusoid},
+    "LEFT_OUT 0, steps x .5": {"LEFT_OUT": 0.0},
+    "LEFT_OUT 1/2": {"LEFT_OUT": 1 / 2},
+    "LEFT_OUT .8": {"LEFT_OUT": 0.8},
+    "one kind of mask per step": {"pretraining_batch": one_kind_of_mask},
+    "attention to visible tokens of the past alone": {
+        "BrainLM": VisiblePast, "block_causal_attention": attention_with_mask},
+    "forward_mask_prob 0": setting(brainlm.BrainLMConfig, forward_mask_prob=0.0),
+    "forward_mask_prob .2": setting(brainlm.BrainLMConfig, forward_mask_prob=0.2),
+    "forward_mask_prob .5": setting(brainlm.BrainLMConfig, forward_mask_prob=0.5),
+    "FORWARD_MASKED 0": {"FORWARD_MASKED": 0.0},
+    "FORWARD_MASKED 1/2": {"FORWARD_MASKED": 1 / 2},
+    "spatial encoding: Linear on xyz": {"SpatialEncoding": LinearOnXyz},
+    "temporal encoding: base 10,000": {"temporal_encoding": slower_sinusoid},
     "positions only added": {"Layer": PositionsOnlyAdded},
     "positions only in queries and keys": {"BrainLM": PositionsOnlyInQueries},
-    "hidden tokens of the past read": {
-        "visible_tokens": lambda mask, of=brainlm.visible_tokens: of(torch.zeros_like(mask))},
     "4 heads": setting(brainlm.BrainLMConfig, num_attention_heads=4),
-    "forward_mask_prob 0": setting(brainlm.BrainLMConfig, forward_mask_prob=0.0),
-    "forward_mask_prob .5": setting(brainlm.BrainLMConfig, forward_mask_prob=0.5),
-    "FORWARD_HIDDEN 0": {"FORWARD_HIDDEN": 0.0},
     "Adam alone": {"Muon": torch.optim.Adam},
-    "Adam alone, half the rate": {
-        "Muon": torch.optim.Adam, **setting(brainlm.TrainingConfig, learning_rate=7e-4)},
     "learning_rate 7e-4": setting(brainlm.TrainingConfig, learning_rate=7e-4),
     "learning_rate 3e-3": setting(brainlm.TrainingConfig, learning_rate=3e-3),
     "no gradient clipping": {"MAX_GRADIENT_NORM": math.inf},
-    "random start": {"initial_weights": random_start},
-    "start: head and projection alone": start_without("layers.", "spatial_encoding.", "_token"),
-    "start: no temporal heads": start_then(same_patch) | {           # all heads are of one kind
-        "TEMPORAL_WHERE": brainlm.SPATIAL_WHERE, "TEMPORAL_WHEN": brainlm.SPATIAL_WHEN,
-        "continuation": torch.eye, "GUESS": brainlm.GUESS / 2},
-    "start: temporal queries of 8 and 6": {"TEMPORAL_WHERE": 8.0, "TEMPORAL_WHEN": 6.0},
-    "start: content keys random": start_without(
-        "qkv.weight", part=lambda weight: weight.chunk(3)[1]),
-    "start: where in queries, keys random": start_without(
-        "position_qk", part=lambda weight: weight.chunk(2, dim=1)[0]),
-    "start: when in queries, keys random": start_without(
-        "position_qk", part=lambda weight: weight.chunk(2, dim=1)[1]),
-    "start: no keys of the next patch": start_then(same_patch),
-    "start: values, out random": start_without(                     # the last H rows
-        "qkv.weight", "out.weight", part=lambda weight: weight[-weight.shape[1]:]),
-    "start: continuation by zeros": {"continuation": lambda P: torch.zeros(P, P)},
-    "start: continuation by last value": {"continuation": lambda P: torch.eye(P)[-1].expand(P, P)},
-    "start: four parts simpler": start_then(simpler) | {
-        "continuation": lambda P: torch.eye(P)[-1].expand(P, P)},
-    "start: where, [MASK] not turned away": start_then(where_and_mask),
-    "start: nothing turned away": start_then(any_directions),
-    "start: [MASK] of .02": start_without("mask_token"),
-    "start: MLP not small": start_without("down.weight"),
-    "start: biases random": start_without("bias")}
-AGE_ROWS = {"CLS alone": [1, 0, 0], "mean alone": [0, 1, 0], "spread alone": [0, 0, 1],
-            "all three": [1, 1, 1], "all three, not standardised": [1, 1, 1]}
+    "random initialisation": {"initialise": random_initialisation},
+    "initialisation: no temporal heads": initialise_then(same_time_step) | {
+        "TEMPORAL_HEAD": brainlm.SPATIAL_HEAD, "extrapolation": torch.eye,
+        "HEAD_GAIN": brainlm.HEAD_GAIN / 2},
+    "initialisation: temporal queries of 8 and 6": {"TEMPORAL_HEAD": (8.0, 6.0)},
+    "initialisation: temporal keys of the same time step": initialise_then(same_time_step),
+    "initialisation: extrapolation by the last value": {"extrapolation": repeat_last_value},
+    "initialisation: four parts simpler": initialise_then(simpler) | {
+        "extrapolation": repeat_last_value},
+    "initialisation: nothing orthogonal": initialise_then(any_directions),
+    "initialisation: [MASK] of .02": initialise_without("mask_token"),
+    "initialisation: MLP not small": initialise_without("down.weight")}
+HEAD_ROWS = {"CLS alone": [1, 0, 0], "mean alone": [0, 1, 0], "standard deviation alone": [0, 0, 1],
+             "all three": [1, 1, 1]}
 
 # Data, training, scores ---------------------------------------------------------------------------
 
 @functools.cache
 def open_data(folder, source, subject):
-    """The brainlm.Data of a source, which is made where it is missing."""
+    """The brainlm.Data of a source, which is made if it is missing."""
     def missing(folder):
-        return not Path(folder, "train", "state.json").exists()      # is written last
+        return not Path(folder, "train", "state.json").exists()      # written last
 
     name, folder = sample_data.RECORDING_COL, Path(folder, source)
     if missing(folder) and source == "sample":
         sample_data.make_sample_data(folder)
     elif missing(folder):
-        hcp.make_hcp_data(folder, num_surrogates=1, seed=0)
+        hcp.make_hcp_data(folder)
     xyz, networks = brainlm.read_coordinates(folder / "coords")
     if subject is not None:
-        people, folder = brainlm.RecordingDataset(folder / "train", name), folder / f"no_{subject}"
+        subjects = brainlm.RecordingDataset(folder / "train", name)
+        folder = folder / f"no_{subject}"
         if missing(folder):
-            others = [people.window(row) for row in range(len(people)) if row != subject]
-            of_subject, rng = people.window(subject), np.random.default_rng(subject)
+            left_out = subjects.window(subject)
             sample_data.write_dataset(folder / "val", {name: [
-                of_subject[i:i + 200] for i in range(0, len(of_subject) - 199, 50)]})
+                left_out[i:i + 200] for i in range(0, len(left_out) - 199, 50)]})
             sample_data.write_dataset(folder / "train", {name: [
-                sample_data.surrogate(others, rng) for _ in range(200)]})
+                subjects.window(row) for row in range(len(subjects)) if row != subject]})
     return brainlm.Data(xyz, networks, *(brainlm.RecordingDataset(folder / split, name)
                                          for split in ("train", "val")))
 
 def pretrain(data, num_steps, seed):
     torch.manual_seed(seed)
     config, training = brainlm.BrainLMConfig(), brainlm.TrainingConfig(seed=seed)
-    model, B = brainlm.BrainLM(config), training.per_device_train_batch_size
-    model.cls_token.requires_grad_(False)       # no parcel reads CLS: nothing trains it
+    model = brainlm.BrainLM(config)
+    model.cls_token.requires_grad_(False)       # nothing attends to CLS, so nothing trains it
 
-    def batch_loss(model, step, i):
-        signal, mask = brainlm.pretraining_batch(
-            data.train, config, seed, range(step * B, (step + 1) * B), step)
-        prediction, _ = model(signal, data.xyz, mask)
-        return brainlm.reconstruction_loss(prediction, signal, mask, config.loss_fn)
+    def batch_loss(model, samples, step):
+        return brainlm.pretraining_loss(model, data.train, data.xyz, config, seed, samples, step)
 
     optimizers = brainlm.make_optimizers(model)
     for _ in brainlm.train(model, optimizers, batch_loss, training, num_steps):
@@ -206,15 +224,15 @@ def pretrain(data, num_steps, seed):
 
 def reconstruction_scores(model, data):
     """R2 of each of MEASURES, on the same windows and masks for every row."""
-    result = {}
-    for task, _, _, expected, target in brainlm.reconstructions(model, data, brainlm.MAX_WINDOWS):
-        result[task] = brainlm.scores(expected, target)["R2"]
-        if task == "forecast":
-            result["horizon 1"] = brainlm.scores(expected[:, 0], target[:, 0])["R2"]
-    return result
+    signal, masks = brainlm.reconstruction_tasks(data.val, model.config, brainlm.MAX_WINDOWS)
+    method = brainlm.reconstruction_of(model, data)
+    scores = {task: brainlm.reconstruction_scores(method, signal, data.xyz, masks[task], [1])
+              for task in masks}
+    return {"masked": scores["masked"]["R2"], "forecast": scores["forecast"]["R2"],
+            "horizon 1": scores["forecast"]["R2 at 1"]}
 
 def age_scores(model, args, seed):
-    """R2 of age for each of AGE_ROWS, by `finetune`."""
+    """R2 of age for each of HEAD_ROWS, by `finetune`."""
     folder, known, result = Path(args.data_dir, f"age_{seed}"), {}, {}
     model.save_pretrained(folder / "backbone")
     command = ["finetune", f"--model_name_or_path={folder / 'backbone'}", f"--seed={seed}",
@@ -225,16 +243,13 @@ def age_scores(model, args, seed):
 
     class Regressor(brainlm.BrainLMRegressor):
         def features(self, signal, xyz):
-            if "not standardised" in row:
-                self.feature_mean.zero_()
-                self.feature_std.fill_(1.0)
-            key = hash(signal.numpy().tobytes())            # every row sees the same windows, and
-            if key not in known:                            # their features need computing once
+            key = hash(signal.numpy().tobytes())        # every row sees the same windows, whose
+            if key not in known:                        # features are computed once
                 known[key] = super().features(signal, xyz)
-            return known[key] * torch.tensor(AGE_ROWS[row]).repeat_interleave(
+            return known[key] * torch.tensor(HEAD_ROWS[row]).repeat_interleave(
                 self.config.hidden_size)                                         # [B, 3 * H]
 
-    for row in AGE_ROWS:
+    for row in HEAD_ROWS:
         with patch.object(brainlm, "BrainLMRegressor", Regressor):
             brainlm.main(command)
         content = json.loads((folder / "head" / "evaluation.json").read_text())
@@ -242,15 +257,21 @@ def age_scores(model, args, seed):
         result[row] = table["BrainLM"]["R2"]
     return result
 
+def steps_of(args, row, source):
+    """The number of training steps. A row whose steps cost more takes fewer: LEFT_OUT 0 ends in
+    ", steps x .5", and takes half of the recipe's."""
+    factor = float(row.partition(", steps x ")[2] or 1)
+    return round(factor * (args.steps or SOURCES[source]["steps"]))
+
 def run(args, row, source, subject, seed, steps):
     """{measure: R2} of one run, and the seconds that a step of it took."""
     data, began = open_data(args.data_dir, source, subject), time.perf_counter()
-    with contextlib.ExitStack() as stack:       # puts back what was there
+    with contextlib.ExitStack() as stack:       # restores what was there
         for name, value in ROWS[row].items():
             stack.enter_context(patch.object(brainlm, name, value))
         try:
             model = pretrain(data, steps, seed)
-        except brainlm.BadInput as error:       # the loss is infinite: the table shows a line
+        except brainlm.InputError as error:     # the loss is infinite: the table shows a dash
             return {"failed": str(error)}
         result = {"seconds a step": round((time.perf_counter() - began) / steps, 3)}
         result |= reconstruction_scores(model, data)
@@ -271,8 +292,8 @@ def print_tables(args):
     results = read_results(args.results)
 
     def by_seed(row, source, measure):
-        """{seed: mean over the subjects}, where all of them are there."""
-        subjects, steps = SOURCES[source]["subjects"], args.steps or SOURCES[source]["steps"]
+        """{seed: mean over the subjects}, where all of them have been run."""
+        subjects, steps = SOURCES[source]["subjects"], steps_of(args, row, source)
         found = {seed: [results.get((row, source, subject, seed, steps), {}).get(measure)
                         for subject in subjects] for seed in {key[3] for key in results}}
         return {seed: mean(found[seed]) for seed in found if None not in found[seed]}
@@ -294,32 +315,32 @@ def print_tables(args):
         cells = [cell(row, *column) for column in columns]
         if set(cells) != {"-"}:                 # else it has not been run
             print(f"| {row} |", *(f"{text} |" for text in cells))
-    print("\n| the MLP head reads | R2 of age |\n| --- | --- |")
-    for name in AGE_ROWS:
+    print("\n| the MLP head gets | R2 of age |\n| --- | --- |")
+    for name in HEAD_ROWS:
         print(f"| {name} | {cell(RECIPE, 'sample', name)} |")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument
-    flag("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="of the table")
+    flag("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="rows")
     flag("--data", nargs="+", choices=SOURCES, default=list(SOURCES))
     flag("--seeds", nargs="+", type=int, default=[0])
-    flag("--steps", type=int, help="of training, in both data sets")
-    flag("--share", default="1/1", help="I/N: this process takes every N-th run, from the I-th on")
-    flag("--threads", type=int, default=torch.get_num_threads(), help="of this process")
+    flag("--steps", type=int, help="training steps, for both data sets")
+    flag("--part", default="1/1", help="I/N: this process takes every N-th run, from the I-th on")
+    flag("--threads", type=int, default=torch.get_num_threads(), help="threads of this process")
     flag("--data_dir", default="./runs/ablations")
     flag("--results", default="./runs/ablations/results.jsonl")
-    flag("--table", action="store_true", help="only print it")
+    flag("--table", action="store_true", help="only print the results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)              # else some starts, as 8 and 6, take 4 times as long
+    torch.set_flush_denormal(True)              # else long temporal queries take 4 times as long
     args.only = list(dict.fromkeys([RECIPE, *args.only]))
-    runs = [(row, source, subject, seed, args.steps or SOURCES[source]["steps"])
+    runs = [(row, source, subject, seed, steps_of(args, row, source))
             for row in args.only for seed in args.seeds for source in args.data
             for subject in SOURCES[source]["subjects"]]
-    first, every = map(int, args.share.split("/"))
+    first, every = map(int, args.part.split("/"))
     for key in [] if args.table else runs[first - 1::every]:
-        if key not in read_results(args.results):       # read anew: others write into it too
+        if key not in read_results(args.results):       # read again: others write to it
             line = json.dumps(dict(zip(KEY, key)) | run(args, *key))
             Path(args.results).parent.mkdir(parents=True, exist_ok=True)
             with open(args.results, "a") as file:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import sample_data
 
 PARTICIPANTS, SEEDS, STEPS = [5, 20, 100, 400], [0, 1, 2], 2000
-HEAD_STEPS = 200                        # the default for 100 participants
+HEAD_STEPS = 200                        # of finetuning
 # Title: the beginning of the name of its table in evaluation.json, and the score in that table.
 MEASURES = {"masked patches": ("masked", "R2"), "forecasting 20 timepoints": ("forecast", "R2"),
             "1 timepoint ahead": ("forecast", "R2 at 1"),
