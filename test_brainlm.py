@@ -16,7 +16,6 @@ import math
 import multiprocessing
 import os
 import re
-import runpy
 import shlex
 import shutil
 import signal as signals
