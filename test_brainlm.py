@@ -2165,10 +2165,11 @@ def test_a_notebook_goes_from_images_to_predictions_by_what_the_readme_says():
     nbclient, nbformat, *_ = map(pytest.importorskip, packages)
     arrays = next(block for block in README_BLOCKS if "scaled = " in block)
     cells, lines = [IMAGES, arrays[arrays.index("scaled = "):]], README.replace("\\\n", "")
-    for line in re.findall("^python brainlm.py (.* my_data/coords .*)", lines, re.MULTILINE):
-        line = re.sub("--max_steps [0-9]+", "--max_steps 2", line)
+    paths, = re.findall('^DATA="(.*)"', lines, re.MULTILINE)
+    for line in re.findall("^python brainlm.py (.*[$]DATA.*)", lines, re.MULTILINE):
+        line = re.sub("--max_steps [0-9]+", "--max_steps 2", line.replace("$DATA", paths))
         cells.append(f"main('{line} --device cpu'.split())")
     notebook = nbformat.v4.new_notebook(cells=[*map(nbformat.v4.new_code_cell, cells)])
     nbclient.NotebookClient(notebook, timeout=300).execute()
-    predicted = [float(line["prediction"]) for line in predictions(Path("runs/mine_age"))]
+    predicted = [float(line["prediction"]) for line in predictions(Path("runs/mine_age/evaluate"))]
     assert len(cells) == 5 and len(predicted) == 2 and all(30 < age < 100 for age in predicted)
